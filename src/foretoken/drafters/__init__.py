@@ -1,0 +1,33 @@
+"""Drafters: cheap guesses of what the target will say. One file each, one line each here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from foretoken.core.options import ComponentSpec, build_options
+from foretoken.core.registry import Registry
+from foretoken.drafters.base import Drafter, DrafterHost
+
+DRAFTERS: Registry[type[Drafter]] = Registry(
+    "drafter",
+    {
+        "none": "foretoken.drafters.none:NoDrafter",
+        "prompt-lookup": "foretoken.drafters.prompt_lookup:PromptLookupDrafter",
+        "draft-model": "foretoken.drafters.draft_model:DraftModelDrafter",
+    },
+    group="foretoken.drafters",
+)
+
+
+def prepare_drafter(spec: ComponentSpec) -> Callable[[DrafterHost], Drafter]:
+    """Check a spec and return what builds its drafter, once there is a target.
+
+    The result raises ModelError when the drafter's own model cannot be loaded or does not fit.
+
+    Raises:
+        UnknownNameError: The name or one of its options does not exist.
+        ConfigError: An option's value is not allowed, or a required one is missing.
+    """
+    drafter_class = DRAFTERS.load(spec.name)
+    return partial(drafter_class.create, build_options(drafter_class.Options, spec))

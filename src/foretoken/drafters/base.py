@@ -1,0 +1,140 @@
+"""The drafter contract: everything the engine knows about a drafter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+from foretoken.core.draft import Draft, DraftBudget
+from foretoken.core.sampling import Sampler
+from foretoken.core.verdict import Verdict
+from foretoken.models.adapter import LanguageModel
+from foretoken.models.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DrafterNeeds:
+    """What a drafter asks of the engine, which reads this and never the class.
+
+    Args:
+        hidden_layers: Target layers whose states the drafter receives.
+        draft_cache: Whether it keeps keys and values that must follow every commit.
+    """
+
+    hidden_layers: tuple[int, ...] = ()
+    draft_cache: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Taxonomy:
+    """A drafter's place in the survey's table ("Beyond the Speculative Game", arXiv:2404.14897).
+
+    Args:
+        source: Where drafts come from: "retrieval", "independent model", "target itself", ...
+        is_trained: Whether it needs weights made for it.
+        termination: What ends a draft: "static" or "adaptive".
+        structure: "chain" or "tree".
+        reference: The paper or work it follows.
+    """
+
+    source: str
+    is_trained: bool
+    termination: str
+    structure: str
+    reference: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestView:
+    """What a drafter learns of a request when it starts.
+
+    Args:
+        request_id: Identifies the request until `stop`.
+        prompt_ids: The prompt; at least one token.
+    """
+
+    request_id: str
+    prompt_ids: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DraftContext:
+    """What a drafter knows of a request in one step.
+
+    Args:
+        request_id: As given to `start`.
+        token_ids: Prompt and output so far, a live view, not to be changed. The last one is the
+            pending token: the root of the draft.
+        sampler: Makes the target's choices; drafters that have a distribution rank their
+            candidates by its race.
+        budget: Bounds that the draft must respect.
+    """
+
+    request_id: str
+    token_ids: Sequence[int]
+    sampler: Sampler
+    budget: DraftBudget
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DrafterHost:
+    """What a drafter may use when it is built.
+
+    Args:
+        target: The model being served.
+        tokenizer: Its tokenizer, None if it has none.
+        device: Where drafters put their own models.
+        dtype: As given by the user, for their own models.
+        max_requests: Requests that can run at once.
+        kv_cache_tokens: Positions that the target's cache can hold.
+    """
+
+    target: LanguageModel
+    tokenizer: Tokenizer | None
+    device: str
+    dtype: str
+    max_requests: int
+    kv_cache_tokens: int
+
+
+class Drafter(Protocol):
+    """Proposes drafts; a lifecycle of start, (propose, commit)*, stop for each request.
+
+    Attributes:
+        Options: Frozen dataclass of its options.
+        taxonomy: Its place in the literature.
+        needs: What it asks of the engine.
+    """
+
+    Options: ClassVar[type[Any]]
+    taxonomy: ClassVar[Taxonomy]
+    needs: DrafterNeeds
+
+    @classmethod
+    def create(cls, options: Any, host: DrafterHost) -> Drafter:
+        """Build from options; the one place that may load models."""
+        ...
+
+    def start(self, request: RequestView) -> None:
+        """Learn of a new request."""
+        ...
+
+    def propose(self, contexts: Sequence[DraftContext]) -> list[Draft]:
+        """Return one draft per context, in the same order, within each budget.
+
+        The root of each draft is the context's last token. A draft depends on its own context
+        alone, whatever else is in the batch.
+        """
+        ...
+
+    def commit(self, request_id: str, verdict: Verdict) -> None:
+        """Learn what was kept of a step, whether or not this drafter drafted for it.
+
+        The request has taken the verdict's tokens already, up to where it ended.
+        """
+        ...
+
+    def stop(self, request_id: str) -> None:
+        """Forget a request; unknown ones are ignored."""
+        ...

@@ -1,0 +1,132 @@
+"""Prompt lookup: copy what followed the last tokens when they occurred before."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from foretoken.core.draft import Draft
+from foretoken.core.tree import TokenTree
+from foretoken.core.verdict import Verdict
+from foretoken.drafters.base import (
+    DraftContext,
+    DrafterHost,
+    DrafterNeeds,
+    RequestView,
+    Taxonomy,
+)
+from foretoken.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptLookupOptions:
+    """Options of `prompt-lookup`.
+
+    Args:
+        max_ngram: Longest run of last tokens to look for; longer matches are tried first.
+        min_ngram: Shortest run.
+        max_depth: Most tokens to copy.
+    """
+
+    max_ngram: int = 3
+    min_ngram: int = 1
+    max_depth: int = 10
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min_ngram <= self.max_ngram:
+            raise ConfigError(
+                f"prompt-lookup needs 1 <= min_ngram <= max_ngram; "
+                f"got {self.min_ngram} and {self.max_ngram}",
+                hint="change min_ngram or max_ngram",
+            )
+        if self.max_depth < 1:
+            raise ConfigError(
+                f"prompt-lookup:max_depth is at least 1; got {self.max_depth}",
+                hint="change max_depth, or use the drafter none",
+            )
+
+
+@dataclass(slots=True)
+class _NgramIndex:
+    """Where each run of tokens was last followed by another token."""
+
+    num_indexed: int = 0
+    next_position: dict[tuple[int, ...], int] = field(default_factory=dict)
+
+
+class PromptLookupDrafter:
+    """Finds the latest earlier occurrence of the last tokens and copies what came after it.
+
+    A copy that reaches the end of the text goes on with the copied tokens themselves, so that a
+    repeating pattern is drafted to full depth. Each new token is indexed once.
+
+    Source: Saxena 2023, prompt lookup decoding; also LLMA, arXiv:2304.04487.
+    """
+
+    Options: ClassVar[type[Any]] = PromptLookupOptions
+    taxonomy: ClassVar[Taxonomy] = Taxonomy(
+        source="retrieval (prompt and output)",
+        is_trained=False,
+        termination="static",
+        structure="chain",
+        reference="Saxena 2023; LLMA, arXiv:2304.04487",
+    )
+
+    def __init__(self, options: PromptLookupOptions) -> None:
+        self.needs = DrafterNeeds()
+        self._options = options
+        self._indices: dict[str, _NgramIndex] = {}
+
+    @classmethod
+    def create(cls, options: PromptLookupOptions, host: DrafterHost) -> PromptLookupDrafter:
+        """Build it; the target is not needed."""
+        return cls(options)
+
+    def start(self, request: RequestView) -> None:
+        """Begin an empty index; the prompt is indexed with the first draft."""
+        self._indices[request.request_id] = _NgramIndex()
+
+    def propose(self, contexts: Sequence[DraftContext]) -> list[Draft]:
+        """Return for each context one chain copied from its own text."""
+        return [self._propose_one(context) for context in contexts]
+
+    def commit(self, request_id: str, verdict: Verdict) -> None:
+        """Keep nothing: new tokens are indexed when the next draft is asked for."""
+
+    def stop(self, request_id: str) -> None:
+        """Drop the request's index."""
+        self._indices.pop(request_id, None)
+
+    def _propose_one(self, context: DraftContext) -> Draft:
+        token_ids = context.token_ids
+        index = self._indices[context.request_id]
+        self._extend(index, token_ids)
+        length = min(self._options.max_depth, context.budget.max_depth, context.budget.max_nodes)
+        for size in range(self._options.max_ngram, self._options.min_ngram - 1, -1):
+            start = index.next_position.get(tuple(token_ids[-size:]))
+            if start is not None and length > 0:
+                return self._copy(token_ids, start, length, size)
+        return Draft.empty(token_ids[-1])
+
+    def _extend(self, index: _NgramIndex, token_ids: Sequence[int]) -> None:
+        """Index every run that has a token after it, up to the current end."""
+        for position in range(max(index.num_indexed, 1), len(token_ids)):
+            for size in range(self._options.min_ngram, self._options.max_ngram + 1):
+                if size <= position:
+                    index.next_position[tuple(token_ids[position - size : position])] = position
+        index.num_indexed = len(token_ids)
+
+    @staticmethod
+    def _copy(token_ids: Sequence[int], start: int, length: int, size: int) -> Draft:
+        copied = list(token_ids[start : start + length])
+        while len(copied) < length:
+            copied.append(copied[len(copied) - (len(token_ids) - start)])
+        # Laplace's rule for a continuation seen once after `size` agreeing tokens.
+        logprob = math.log((size + 1) / (size + 2))
+        return Draft.from_drafter(
+            "prompt-lookup",
+            TokenTree.chain((token_ids[-1], *copied)),
+            draft_logprobs=(0.0, *(logprob for _ in copied)),
+        )

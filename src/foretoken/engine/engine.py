@@ -1,0 +1,216 @@
+"""The engine: takes requests, runs steps, hands out tokens."""
+
+from __future__ import annotations
+
+import itertools
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from foretoken.core.params import SamplingParams
+from foretoken.core.verdict import Exactness
+from foretoken.drafters.base import Drafter, RequestView
+from foretoken.engine.request import Emission, FinishReason, Request
+from foretoken.engine.scheduler import Scheduler
+from foretoken.engine.step import StepParts, run_step
+from foretoken.engine.text import Decode
+from foretoken.errors import ConfigError, RequestError, UnknownNameError
+from foretoken.models.adapter import LanguageModel
+from foretoken.models.cache import KVCache
+from foretoken.planner.plan import Plan
+from foretoken.verifiers.base import Verifier
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Sizes of an engine.
+
+    Args:
+        max_requests: Requests that run at once; others wait.
+        prefill_chunk: Most prompt tokens fed per step, all requests together.
+    """
+
+    max_requests: int = 16
+    prefill_chunk: int = 512
+
+    def __post_init__(self) -> None:
+        for name in ("max_requests", "prefill_chunk"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(
+                    f"{name} is an integer >= 1; got {value!r}", hint=f"change {name}"
+                )
+
+
+class Engine:
+    """Serves requests that join and leave at any step, each with its own parameters.
+
+    Args:
+        target: The model whose output is wanted.
+        cache: Its KV cache.
+        drafters: Label to drafter; requests name those they want.
+        verifier: The acceptance rule.
+        plan: How much to draft.
+        decode: Token ids to text; None when there is no tokenizer.
+        config: Sizes.
+    """
+
+    def __init__(
+        self,
+        target: LanguageModel,
+        cache: KVCache,
+        drafters: Mapping[str, Drafter],
+        verifier: Verifier,
+        plan: Plan,
+        *,
+        decode: Decode | None = None,
+        config: EngineConfig | None = None,
+    ) -> None:
+        config = config or EngineConfig()
+        self.cache = cache
+        self.drafters = dict(drafters)
+        scheduler = Scheduler(
+            cache, plan, max_requests=config.max_requests, prefill_chunk=config.prefill_chunk
+        )
+        self._parts = StepParts(target, cache, scheduler, self.drafters, verifier)
+        self._decode = decode
+        self._requests: dict[str, Request] = {}
+        self._ids = itertools.count()
+
+    @property
+    def exactness(self) -> Exactness:
+        """How closely output follows plain decoding.
+
+        The arithmetic of a pass may depend on its shape, so nothing stronger than numerical is
+        claimed.
+        """
+        return Exactness.weakest(Exactness.NUMERICAL, self._parts.verifier.exactness)
+
+    @property
+    def num_unfinished(self) -> int:
+        """Requests that wait or run."""
+        return self._parts.scheduler.num_unfinished
+
+    def add_request(
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        drafters: Sequence[str] | None = None,
+        request_id: str | None = None,
+    ) -> Request:
+        """Queue a request; it joins at one of the next steps. Arguments as for `new_request`."""
+        request = self.new_request(prompt_ids, params, drafters=drafters, request_id=request_id)
+        self.submit(request)
+        return request
+
+    def new_request(
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        drafters: Sequence[str] | None = None,
+        request_id: str | None = None,
+    ) -> Request:
+        """Build a request with everything checked, without queueing it.
+
+        Args:
+            prompt_ids: At least one token id.
+            params: What it asks; the defaults if None.
+            drafters: Labels of the drafters to use; None for all, empty for plain decoding.
+            request_id: Unique among unfinished requests; made up if None.
+
+        Raises:
+            RequestError: The prompt is empty or too long, a parameter does not fit the model, or
+                the request could never fit into the cache.
+            UnknownNameError: There is no such drafter.
+        """
+        params = params or SamplingParams()
+        self._check_prompt(prompt_ids, params)
+        labels = tuple(dict.fromkeys(self.drafters if drafters is None else drafters))
+        for label in labels:
+            if label not in self.drafters:
+                raise UnknownNameError("loaded drafter", label, self.drafters)
+        request = Request(
+            request_id if request_id is not None else f"request-{next(self._ids)}",
+            prompt_ids,
+            params,
+            seed=secrets.randbits(64) if params.seed is None else params.seed,
+            drafters=labels,
+            info=self._parts.target.info,
+            decode=self._decode,
+        )
+        self._parts.scheduler.check(request)
+        return request
+
+    def submit(self, request: Request) -> None:
+        """Queue a request that `new_request` built.
+
+        Raises:
+            RequestError: Its id belongs to an unfinished request.
+        """
+        if request.request_id in self._requests:
+            raise RequestError(
+                f"request id {request.request_id!r} is in use", hint="choose another, or none"
+            )
+        self._parts.scheduler.add(request)
+        self._requests[request.request_id] = request
+        view = RequestView(request_id=request.request_id, prompt_ids=request.prompt_ids)
+        try:
+            for label in request.drafters:
+                self.drafters[label].start(view)
+        except BaseException:
+            self.abort(request.request_id)
+            raise
+
+    def step(self) -> list[Emission]:
+        """Advance every running request; finished ones have left when this returns."""
+        try:
+            emissions = run_step(self._parts) if self.num_unfinished else []
+        except BaseException:
+            # What a drafter that fails at commit has kept from being reported still stands.
+            self._release_all([key for key, kept in self._requests.items() if kept.finish_reason])
+            raise
+        self._release_all([item.request_id for item in emissions if item.finish_reason])
+        return emissions
+
+    def abort(self, request_id: str) -> None:
+        """End a request now and free what it holds; unknown ones are ignored."""
+        request = self._requests.get(request_id)
+        if request is not None:
+            request.finish_reason = FinishReason.ABORT
+            self._release(request_id)
+
+    def _release_all(self, request_ids: Sequence[str]) -> None:
+        for request_id in request_ids:
+            self._release(request_id)
+
+    def _release(self, request_id: str) -> None:
+        request = self._requests.pop(request_id)
+        self._parts.scheduler.remove(request_id)
+        for label in request.drafters:
+            self.drafters[label].stop(request_id)
+
+    def _check_prompt(self, prompt_ids: Sequence[int], params: SamplingParams) -> None:
+        """Check what only the model can tell about a request."""
+        info = self._parts.target.info
+        if not prompt_ids:
+            raise RequestError("the prompt is empty", hint="give at least one token of text")
+        if len(prompt_ids) >= info.context_limit:
+            raise RequestError(
+                f"the prompt has {len(prompt_ids)} tokens; the model's context holds "
+                f"{info.context_limit}, at least one of them for output",
+                hint="shorten the prompt",
+            )
+        for token_id in (*prompt_ids, *params.logit_bias):
+            if not isinstance(token_id, int) or not 0 <= token_id < info.vocab_size:
+                raise RequestError(
+                    f"token id {token_id!r} is outside the model's vocabulary "
+                    f"[0, {info.vocab_size})",
+                    hint="check the prompt's token ids and logit_bias",
+                )
+        if params.stop and self._decode is None:
+            raise RequestError(
+                "stop texts need a tokenizer, and the model has none",
+                hint="leave stop out or add the tokenizer's files to the model directory",
+            )

@@ -1,0 +1,358 @@
+"""`LLM`: a model, its drafters and an engine behind a few methods."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from numbers import Integral
+from typing import TypeVar
+
+import torch
+
+from foretoken.core.params import SamplingParams
+from foretoken.core.verdict import Exactness
+from foretoken.drafters import prepare_drafter
+from foretoken.drafters.base import DrafterHost
+from foretoken.engine.engine import Engine, EngineConfig
+from foretoken.engine.names import resolve_drafters, resolve_model
+from foretoken.engine.request import Emission, FinishReason, Request
+from foretoken.engine.sizing import default_kv_cache_tokens
+from foretoken.engine.stats import RequestStats
+from foretoken.errors import ConfigError, RequestError
+from foretoken.models.adapter import ModelInfo
+from foretoken.models.loading import load_model
+from foretoken.models.tokenizer import Tokenizer
+from foretoken.planner.plan import DEFAULT_MAX_NODES, Plan
+from foretoken.verifiers import VERIFIERS
+
+T = TypeVar("T")
+Prompt = str | Sequence[int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestOutput:
+    """A finished request.
+
+    Args:
+        index: Place of the prompt in the call.
+        prompt: As given; the decoded text if token ids were given.
+        prompt_ids: The prompt's token ids.
+        text: Output text, without end-of-sequence token and without anything from a stop text.
+        token_ids: Output token ids, the end-of-sequence token included.
+        finish_reason: Why it ended.
+        seed: Key of its noise; give it again to get the same tokens.
+        exactness: How closely the output follows plain decoding.
+        stats: Counts and times.
+    """
+
+    index: int
+    prompt: str
+    prompt_ids: list[int]
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason
+    seed: int
+    exactness: Exactness
+    stats: RequestStats
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamChunk:
+    """What one step added to a streamed request.
+
+    Args:
+        text: New text that can no longer change; may lag behind the tokens.
+        token_ids: New tokens.
+        sources: For each token, the drafter that guessed it; "" for the target's own.
+        output: The whole output, with the last chunk.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    sources: tuple[str, ...]
+    output: RequestOutput | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """A request that is checked and ready to be submitted."""
+
+    index: int
+    text: str
+    request: Request
+
+
+class LLM:
+    """Generates text with a target model and drafters; the output is the target's own.
+
+    Args:
+        model: Directory or hub id of a transformers causal language model, or "stories", the
+            pair that comes with the package.
+        drafters: "auto", "none", or specs such as "prompt-lookup" or
+            "draft-model:path=DIR,max_depth=6"; the drafts of several are merged.
+        verifier: Name of the acceptance rule.
+        max_nodes: Most draft tokens per request and step.
+        dtype: "auto", "float32", "bfloat16", "float16" or "float64".
+        device: "auto", "cpu", "cuda" or another torch device.
+        threads: CPU threads of torch in this process; None leaves them.
+        max_requests: Requests that run at once.
+        prefill_chunk: Most prompt tokens fed per step.
+        kv_cache_tokens: Positions that the KV cache holds over all requests; None sizes it by
+            the free memory.
+
+    Raises:
+        ConfigError: An option is not allowed.
+        ModelError: A model cannot be loaded or served.
+    """
+
+    def __init__(  # noqa: PLR0913 - one parameter is one option of the user's
+        self,
+        model: str = "stories",
+        *,
+        drafters: str | Sequence[str] = "auto",
+        verifier: str = "coupled",
+        max_nodes: int = DEFAULT_MAX_NODES,
+        dtype: str = "auto",
+        device: str = "auto",
+        threads: int | None = None,
+        max_requests: int = 16,
+        prefill_chunk: int = 512,
+        kv_cache_tokens: int | None = None,
+    ) -> None:
+        names = (drafters,) if isinstance(drafters, str) else tuple(drafters)
+        plan = Plan(drafters=names, verifier=verifier, max_nodes=max_nodes)
+        config = EngineConfig(max_requests=max_requests, prefill_chunk=prefill_chunk)
+        # Everything that can be wrong about the options is found before a model is loaded.
+        specs = resolve_drafters(plan.drafters, model)
+        builders = [(spec.name, prepare_drafter(spec)) for spec in specs]
+        verifier_class = VERIFIERS.load(plan.verifier)
+        _check_count("threads", threads)
+        _check_count("kv_cache_tokens", kv_cache_tokens)
+        if threads is not None:
+            torch.set_num_threads(threads)
+        path = resolve_model(model)
+        target = load_model(path, dtype=dtype, device=device)
+        self.info: ModelInfo = target.info
+        self.tokenizer = Tokenizer.load(path)
+        num_tokens = kv_cache_tokens or default_kv_cache_tokens(
+            target.info, max_requests=max_requests, max_nodes=max_nodes
+        )
+        host = DrafterHost(
+            target=target,
+            tokenizer=self.tokenizer,
+            device=device,
+            dtype=dtype,
+            max_requests=max_requests,
+            kv_cache_tokens=num_tokens,
+        )
+        self.engine = Engine(
+            target,
+            target.new_cache(num_tokens),
+            {name: build(host) for name, build in _numbered(builders)},
+            verifier_class(),
+            plan,
+            decode=self.tokenizer.decode if self.tokenizer else None,
+            config=config,
+        )
+        self._inboxes: dict[str, deque[Emission]] = {}
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        drafters: str | Sequence[str] | None = None,
+    ) -> list[RequestOutput]:
+        """Return the outputs of all prompts, in their order.
+
+        Args:
+            prompts: Texts or token id lists; one alone counts as a list of one.
+            params: For all prompts, or one per prompt.
+            drafters: Names of loaded drafters to use; None for all, "none" or empty for plain
+                decoding.
+
+        Raises:
+            RequestError: A prompt or its parameters do not fit; nothing is generated then.
+        """
+        outputs = self.generate_iter(prompts, params, drafters=drafters)
+        return sorted(outputs, key=lambda output: output.index)
+
+    def generate_iter(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        drafters: str | Sequence[str] | None = None,
+    ) -> Iterator[RequestOutput]:
+        """Yield each output as soon as it is finished; arguments as for `generate`.
+
+        All prompts are checked before the first step. Closing the iterator ends what still runs.
+        """
+        return self._run(self._prepare(_as_list(prompts), params, drafters))
+
+    def stream(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        drafters: str | Sequence[str] | None = None,
+    ) -> Iterator[StreamChunk]:
+        """Yield what each step adds to one prompt; the last chunk carries the whole output.
+
+        Closing the iterator ends the request and frees what it holds.
+        """
+        [prepared] = self._prepare([prompt], params, drafters)
+        return self._stream(prepared)
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Return a prompt's token ids.
+
+        Raises:
+            RequestError: It is a text and the model has no tokenizer.
+        """
+        if not isinstance(prompt, str):
+            return [
+                int(token_id) if isinstance(token_id, Integral) else token_id for token_id in prompt
+            ]
+        if not prompt:
+            raise RequestError("the prompt is empty", hint="give at least one character of text")
+        if self.tokenizer is None:
+            raise RequestError(
+                "the prompt is a text, but the model has no tokenizer",
+                hint="give token ids, or add the tokenizer's files to the model directory",
+            )
+        return self.tokenizer.encode(prompt)
+
+    def check_prompt(self, prompt: Prompt, params: SamplingParams) -> None:
+        """Check that a prompt could be generated from, without doing so.
+
+        Raises:
+            RequestError: It is empty or too long, or a parameter does not fit the model.
+        """
+        self.engine.new_request(self.encode(prompt), params)
+
+    # -- running -----------------------------------------------------------------------------
+
+    def _prepare(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None,
+        drafters: str | Sequence[str] | None,
+    ) -> list[_Prepared]:
+        """Check every prompt and build its request; nothing runs yet."""
+        prepared = []
+        if drafters is not None:
+            names = (drafters,) if isinstance(drafters, str) else tuple(drafters)
+            drafters = () if names == ("none",) else names
+        per_prompt = _params_per_prompt(params, len(prompts))
+        for index, (prompt, wanted) in enumerate(zip(prompts, per_prompt, strict=True)):
+            prompt_ids = self.encode(prompt)
+            request = self.engine.new_request(prompt_ids, wanted, drafters=drafters)
+            text = prompt if isinstance(prompt, str) else self._decode(prompt_ids)
+            prepared.append(_Prepared(index, text, request))
+        return prepared
+
+    def _run(self, prepared: Sequence[_Prepared]) -> Iterator[RequestOutput]:
+        by_id = {item.request.request_id: item for item in prepared}
+        for emission in self._emissions([item.request for item in prepared]):
+            if emission.finish_reason is not None:
+                yield self._output(by_id[emission.request_id])
+
+    def _stream(self, prepared: _Prepared) -> Iterator[StreamChunk]:
+        for emission in self._emissions([prepared.request]):
+            is_last = emission.finish_reason is not None
+            yield StreamChunk(
+                text=emission.text,
+                token_ids=emission.token_ids,
+                sources=emission.sources,
+                output=self._output(prepared) if is_last else None,
+            )
+
+    def _emissions(self, requests: Sequence[Request]) -> Iterator[Emission]:
+        """Submit requests and yield what they get until all are finished.
+
+        Several such iterators may be read in turn: a step serves the requests of all of them, so
+        its emissions go to inboxes, and each iterator empties its own before it runs a step.
+        """
+        inbox: deque[Emission] = deque()
+        unfinished = {request.request_id for request in requests}
+        try:
+            for request in requests:
+                self._inboxes[request.request_id] = inbox
+                self.engine.submit(request)
+            # Without the second condition, aborting in the engine would leave nothing to wait for.
+            while unfinished and (inbox or self.engine.num_unfinished):
+                while inbox:
+                    emission = inbox.popleft()
+                    if emission.finish_reason is not None:
+                        unfinished.remove(emission.request_id)
+                    yield emission
+                if unfinished:
+                    self._step()
+        finally:
+            for request in requests:
+                self._inboxes.pop(request.request_id, None)
+                self.engine.abort(request.request_id)
+
+    def _step(self) -> None:
+        for emission in self.engine.step():
+            inbox = self._inboxes.get(emission.request_id)
+            if inbox is not None:  # else somebody drives the engine directly and missed it
+                inbox.append(emission)
+
+    def _output(self, prepared: _Prepared) -> RequestOutput:
+        request = prepared.request
+        return RequestOutput(
+            index=prepared.index,
+            prompt=prepared.text,
+            prompt_ids=request.prompt_ids,
+            text=request.text_stream.text,
+            token_ids=request.output_ids,
+            finish_reason=request.finish_reason or FinishReason.ABORT,
+            seed=request.seed,
+            exactness=self.engine.exactness,
+            stats=request.stats,
+        )
+
+    def _decode(self, token_ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(token_ids) if self.tokenizer else ""
+
+
+def _numbered(items: Sequence[tuple[str, T]]) -> list[tuple[str, T]]:
+    """Number names that come again, `name#2`, so that both can be told apart."""
+    seen: Counter[str] = Counter()
+    numbered = []
+    for name, item in items:
+        seen[name] += 1
+        numbered.append((f"{name}#{seen[name]}" if seen[name] > 1 else name, item))
+    return numbered
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str):
+        return [prompts]
+    if len(prompts) and isinstance(prompts[0], Integral):
+        return [prompts]  # type: ignore[list-item]
+    return list(prompts)  # type: ignore[arg-type]
+
+
+def _params_per_prompt(
+    params: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int
+) -> list[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * num_prompts
+    if len(params) != num_prompts:
+        raise ConfigError(
+            f"there are {num_prompts} prompts and {len(params)} sampling parameters",
+            hint="give one for all or one for each",
+        )
+    return list(params)
+
+
+def _check_count(name: str, value: int | None) -> None:
+    if value is not None and (not isinstance(value, int) or value < 1):
+        raise ConfigError(f"{name} is an integer >= 1; got {value!r}", hint=f"change {name}")
+
+
+__all__ = ["LLM", "RequestOutput", "StreamChunk"]

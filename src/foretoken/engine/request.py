@@ -1,0 +1,125 @@
+"""One request: what it asks, what it has, and when it ends."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from foretoken.core.draft import Draft
+from foretoken.core.params import SamplingParams
+from foretoken.core.sampling import Sampler
+from foretoken.core.verdict import Verdict
+from foretoken.engine.stats import RequestStats
+from foretoken.engine.text import Decode, TextStream
+from foretoken.models.adapter import ModelInfo
+
+
+class FinishReason(enum.Enum):
+    """Why a request ended."""
+
+    LENGTH = "length"  # max_new_tokens or the context limit
+    EOS = "eos"
+    STOP = "stop"  # a stop text
+    ABORT = "abort"
+
+
+@dataclass(frozen=True, slots=True)
+class Emission:
+    """What one step gave one request.
+
+    Args:
+        request_id: Whose it is.
+        token_ids: New tokens.
+        sources: For each, the drafter that guessed it; "" for the target's own.
+        text: New text that can no longer change; may lag behind the tokens.
+        finish_reason: Set with the last emission.
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    sources: tuple[str, ...]
+    text: str
+    finish_reason: FinishReason | None
+
+
+class Request:
+    """State of one request. Its token ids are stored once; counts and limits are derived.
+
+    Args:
+        request_id: Unique among unfinished requests.
+        prompt_ids: At least one token.
+        params: What it asks.
+        seed: Key of its noise.
+        drafters: Labels of the drafters that draft for it; none means plain decoding.
+        info: The target, for its end-of-sequence tokens and context limit.
+        decode: Token ids to text, or None.
+    """
+
+    def __init__(
+        self,
+        request_id: str,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        seed: int,
+        drafters: tuple[str, ...],
+        info: ModelInfo,
+        decode: Decode | None,
+    ) -> None:
+        self.request_id = request_id
+        self.params = params
+        self.seed = seed
+        self.drafters = drafters
+        self.token_ids = list(prompt_ids)
+        self.num_prompt_ids = len(prompt_ids)
+        self.sampler = Sampler(params, seed, len(prompt_ids))
+        self.text_stream = TextStream(decode, prompt_ids, params.stop)
+        self.finish_reason: FinishReason | None = None
+        self.stats = RequestStats()
+        self._eos_ids = frozenset() if params.ignore_eos else info.eos_ids
+        self.max_tokens = min(self.num_prompt_ids + params.max_new_tokens, info.context_limit)
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        """The prompt."""
+        return self.token_ids[: self.num_prompt_ids]
+
+    @property
+    def output_ids(self) -> list[int]:
+        """The output so far."""
+        return self.token_ids[self.num_prompt_ids :]
+
+    @property
+    def num_wanted(self) -> int:
+        """Tokens that the request can still take."""
+        return self.max_tokens - len(self.token_ids)
+
+    def accept(self, verdict: Verdict, draft: Draft) -> Emission:
+        """Take a verdict's tokens up to the first that ends the request."""
+        token_ids = self._cut(verdict.token_ids)
+        sources = [draft.source[node] for node in verdict.path] + [""]
+        sources = sources[: len(token_ids)]
+        self.token_ids += token_ids
+        self.stats.add_step(draft.tree.num_draft_tokens, sources)
+        is_finished = self.finish_reason is not None
+        text = self.text_stream.take()
+        if is_finished:
+            text += self.text_stream.finish()
+        return Emission(self.request_id, tuple(token_ids), tuple(sources), text, self.finish_reason)
+
+    def _cut(self, token_ids: Sequence[int]) -> list[int]:
+        """Return the tokens that still belong to the output; set the reason if it ends."""
+        kept = list(token_ids[: self.num_wanted])
+        reason = FinishReason.LENGTH if len(kept) == self.num_wanted else None
+        for index, token_id in enumerate(kept):
+            if token_id in self._eos_ids:
+                kept = kept[: index + 1]
+                reason = FinishReason.EOS
+                break
+        num_until_stop = self.text_stream.push(kept)
+        if num_until_stop is not None:
+            kept = kept[:num_until_stop]
+            reason = FinishReason.STOP
+        self.finish_reason = reason
+        return kept

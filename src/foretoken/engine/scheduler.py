@@ -1,0 +1,119 @@
+"""Who runs in a step: continuous batching with chunked prefill."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from foretoken.core.draft import DraftBudget
+from foretoken.engine.request import Request
+from foretoken.errors import RequestError
+from foretoken.models.cache import BLOCK_SIZE, CachedSequence, KVCache
+from foretoken.planner.plan import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One request's share of a step.
+
+    Args:
+        request: Whose it is.
+        sequence: Its place in the cache.
+        num_known: Tokens that stand but are not cached, to be fed now; >= 1.
+        budget: Bounds of the draft behind them; None while the prompt goes on.
+    """
+
+    request: Request
+    sequence: CachedSequence
+    num_known: int
+    budget: DraftBudget | None
+
+
+class Scheduler:
+    """Admits waiting requests in order and gives every running one its share of each step.
+
+    A request is admitted when the blocks that it can need at most are free of promises, so that
+    no running request ever runs out of cache.
+
+    Args:
+        cache: The target's.
+        plan: How much to draft.
+        max_requests: Requests that run at once.
+        prefill_chunk: Most prompt tokens fed per step, all requests together.
+    """
+
+    def __init__(
+        self, cache: KVCache, plan: Plan, *, max_requests: int, prefill_chunk: int
+    ) -> None:
+        self._cache = cache
+        self._plan = plan
+        self._max_requests = max_requests
+        self._prefill_chunk = prefill_chunk
+        self._waiting: deque[Request] = deque()
+        self._running: dict[str, tuple[Request, CachedSequence]] = {}
+        self._num_promised = 0  # blocks
+
+    @property
+    def num_unfinished(self) -> int:
+        """Requests that wait or run."""
+        return len(self._waiting) + len(self._running)
+
+    def add(self, request: Request) -> None:
+        """Queue a request."""
+        self._waiting.append(request)
+
+    def check(self, request: Request) -> None:
+        """Check that a request can be admitted at some time.
+
+        Raises:
+            RequestError: It could never fit into the cache.
+        """
+        needed, capacity = self._num_blocks(request), self._cache.num_blocks
+        if needed > capacity:
+            raise RequestError(
+                f"the request needs up to {needed * BLOCK_SIZE} positions of KV cache; "
+                f"there are {capacity * BLOCK_SIZE}",
+                hint="lower max_new_tokens, shorten the prompt or raise kv_cache_tokens",
+            )
+
+    def schedule(self) -> list[Work]:
+        """Return the work of the next step; decoding requests first, then prompts in order."""
+        self._admit()
+        decoding, prefilling = [], []
+        num_left = self._prefill_chunk
+        for request, sequence in self._running.values():
+            num_unseen = len(request.token_ids) - sequence.num_cached
+            if num_unseen == 1:
+                decoding.append(Work(request, sequence, 1, self._plan.budget(request.num_wanted)))
+            elif num_left > 0:
+                num_known = min(num_unseen, num_left)
+                num_left -= num_known
+                is_last = num_known == num_unseen
+                budget = self._plan.budget(request.num_wanted) if is_last else None
+                prefilling.append(Work(request, sequence, num_known, budget))
+        return decoding + prefilling
+
+    def remove(self, request_id: str) -> None:
+        """Take out a request, waiting or running, and free what it holds."""
+        if request_id in self._running:
+            request, sequence = self._running.pop(request_id)
+            self._num_promised -= self._num_blocks(request)
+            self._cache.close(sequence)
+        else:
+            left = (request for request in self._waiting if request.request_id != request_id)
+            self._waiting = deque(left)
+
+    def _admit(self) -> None:
+        while self._waiting and len(self._running) < self._max_requests:
+            needed = self._num_blocks(self._waiting[0])
+            if self._num_promised + needed > self._cache.num_blocks:
+                return
+            request = self._waiting.popleft()
+            request.stats.start()
+            self._num_promised += needed
+            self._running[request.request_id] = (request, self._cache.open())
+
+    def _num_blocks(self, request: Request) -> int:
+        """Return the most blocks a request can hold: all its tokens and the largest draft."""
+        num_positions = request.max_tokens + self._plan.max_nodes + 1
+        return -(-num_positions // BLOCK_SIZE)

@@ -1,0 +1,300 @@
+"""Paged key-value cache with transactions.
+
+Who owns which logical positions of a sequence that has T positions cached and S nodes staged:
+
+    |<------- cached ------->|<-- staged -->|<- rest of the last block ->|
+    0                        T             T+S
+
+Cached positions hold the keys and values of tokens that stand. Staged positions hold the nodes
+of a token tree (or a prompt chunk, which is a chain) in the order in which they were fed. `commit`
+moves the accepted path to positions T, T+1, ... and forgets the rest; `rollback` forgets all of it.
+Blocks are shared between sequences by reference count; only full blocks below T are ever shared,
+so that nobody writes into a shared block.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from foretoken.errors import CapacityError
+
+BLOCK_SIZE = 16
+_OFFSETS = np.arange(BLOCK_SIZE)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerShape:
+    """What one attention layer stores per position."""
+
+    num_heads: int
+    key_dim: int
+    value_dim: int
+
+    @property
+    def num_values(self) -> int:
+        """Numbers stored per position."""
+        return self.num_heads * (self.key_dim + self.value_dim)
+
+
+@dataclass(eq=False, slots=True)
+class CachedSequence:
+    """One sequence's place in the cache; a handle, changed only by its `KVCache`."""
+
+    num_cached: int = 0
+    blocks: list[int] = field(default_factory=list)
+    # Slot of every logical position that the blocks hold; grows with room to spare.
+    slot_of: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    # Staged nodes: parent of each (index among the staged, -1 = last cached position) and depth.
+    parents: list[int] = field(default_factory=list)
+    depths: list[int] = field(default_factory=list)
+    is_open: bool = True
+
+    @property
+    def num_staged(self) -> int:
+        """Nodes fed since the last commit."""
+        return len(self.parents)
+
+
+class KVCache:
+    """Keys and values of all sequences of one model, in blocks of `BLOCK_SIZE` positions.
+
+    Args:
+        layers: Shape of each layer, in order.
+        num_blocks: Capacity. On CPU the pages are only touched when used: blocks are handed out
+            lowest first, so resident memory follows the highest load, not the capacity.
+        dtype: Of keys and values.
+        device: Where they live.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[LayerShape],
+        num_blocks: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.num_blocks = num_blocks
+        self.device = device
+        num_slots = num_blocks * BLOCK_SIZE
+        # One tensor per distinct layer shape, so that a commit moves all its layers at once.
+        grouped: dict[LayerShape, list[int]] = {}
+        for index, shape in enumerate(layers):
+            grouped.setdefault(shape, []).append(index)
+        self._pools: list[Tensor] = []  # [L, slots, H, D] each
+        keys: dict[int, Tensor] = {}
+        values: dict[int, Tensor] = {}
+        for shape, indices in grouped.items():
+            prefix = (len(indices), num_slots, shape.num_heads)
+            key_pool = torch.empty(*prefix, shape.key_dim, dtype=dtype, device=device)
+            value_pool = torch.empty(*prefix, shape.value_dim, dtype=dtype, device=device)
+            self._pools += [key_pool, value_pool]
+            keys.update(zip(indices, key_pool, strict=True))
+            values.update(zip(indices, value_pool, strict=True))
+        self.keys = [keys[index] for index in range(len(layers))]  # each [slots, H, D]
+        self.values = [values[index] for index in range(len(layers))]
+        self._free = list(range(num_blocks))  # a heap: lowest first
+        self._references = [0] * num_blocks
+        self._sequences: set[CachedSequence] = set()
+
+    # -- sequences ---------------------------------------------------------------------------
+
+    @property
+    def num_free_blocks(self) -> int:
+        """Blocks that no sequence holds."""
+        return len(self._free)
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences opened and not yet closed."""
+        return len(self._sequences)
+
+    def open(self) -> CachedSequence:
+        """Return a new, empty sequence."""
+        sequence = CachedSequence()
+        self._sequences.add(sequence)
+        return sequence
+
+    def fork(self, sequence: CachedSequence) -> CachedSequence:
+        """Return a new sequence with the same cached positions.
+
+        Full blocks are shared; the last, partly filled one is copied. Staged nodes are not taken.
+
+        Raises:
+            CapacityError: No block is free for the copy.
+        """
+        num_full = sequence.num_cached // BLOCK_SIZE
+        fork = self.open()
+        fork.blocks = sequence.blocks[:num_full]
+        fork.slot_of = sequence.slot_of.copy()
+        for block in fork.blocks:
+            self._references[block] += 1
+        fork.num_cached = num_full * BLOCK_SIZE
+        try:
+            self._reserve(fork, sequence.num_cached)
+        except CapacityError:
+            self.close(fork)
+            raise
+        self._move(
+            self.slots(sequence, fork.num_cached, sequence.num_cached),
+            self.slots(fork, fork.num_cached, sequence.num_cached),
+        )
+        fork.num_cached = sequence.num_cached
+        return fork
+
+    def close(self, sequence: CachedSequence) -> None:
+        """Give back everything a sequence holds; closing twice does nothing."""
+        if not sequence.is_open:
+            return
+        self._release(sequence.blocks)
+        sequence.blocks = []
+        sequence.parents.clear()
+        sequence.depths.clear()
+        sequence.num_cached = 0
+        sequence.is_open = False
+        self._sequences.remove(sequence)
+
+    def slots(self, sequence: CachedSequence, start: int, stop: int) -> np.ndarray:
+        """Return where the logical positions [start, stop) of a sequence lie, [stop - start]."""
+        return sequence.slot_of[start:stop].copy()
+
+    # -- transactions ------------------------------------------------------------------------
+
+    def stage(self, sequence: CachedSequence, parents: Sequence[int]) -> np.ndarray:
+        """Make room for new nodes after those staged already.
+
+        Args:
+            sequence: An open sequence.
+            parents: For each new node, its parent's index among all staged nodes; -1 hangs it
+                on the last cached position.
+
+        Returns:
+            The slots of the new nodes, in order, [len(parents)] int64.
+
+        Raises:
+            CapacityError: Not enough blocks are free; nothing has changed.
+            ValueError: A parent does not come before its child; nothing has changed.
+        """
+        start, num_staged = sequence.num_cached + sequence.num_staged, sequence.num_staged
+        for node, parent in enumerate(parents, start=num_staged):
+            if not -1 <= parent < node:
+                raise ValueError(f"node {node} needs a parent in [-1, {node}); got {parent}")
+        self._reserve(sequence, start + len(parents))
+        for parent in parents:
+            depth = 0 if parent < 0 else sequence.depths[parent] + 1
+            sequence.parents.append(parent)
+            sequence.depths.append(depth)
+        return self.slots(sequence, start, start + len(parents))
+
+    def commit(self, accepted: Sequence[tuple[CachedSequence, Sequence[int]]]) -> None:
+        """Keep one path of staged nodes per sequence, in order from the top, and drop the rest.
+
+        Args:
+            accepted: Sequences with the indices of their accepted nodes among the staged.
+
+        Raises:
+            ValueError: The nodes are no path from the last cached position downward.
+        """
+        sources, targets = [], []
+        for sequence, nodes in accepted:
+            parent = -1
+            for node in nodes:
+                if not 0 <= node < sequence.num_staged or sequence.parents[node] != parent:
+                    raise ValueError(f"accepted nodes {list(nodes)} are not a path of the tree")
+                parent = node
+            moved = [(node, depth) for depth, node in enumerate(nodes) if node != depth]
+            if moved:
+                start = sequence.num_cached
+                slots = self.slots(sequence, start, start + sequence.num_staged)
+                sources.append(slots[[node for node, _ in moved]])
+                targets.append(slots[[depth for _, depth in moved]])
+        if sources:
+            self._move(np.concatenate(sources), np.concatenate(targets))
+        for sequence, nodes in accepted:
+            sequence.num_cached += len(nodes)
+            self.rollback(sequence)
+
+    def rollback(self, sequence: CachedSequence) -> None:
+        """Forget all staged nodes and free the blocks that only they used."""
+        sequence.parents.clear()
+        sequence.depths.clear()
+        num_needed = -(-sequence.num_cached // BLOCK_SIZE)
+        self._release(sequence.blocks[num_needed:])
+        del sequence.blocks[num_needed:]
+
+    @contextmanager
+    def speculate(self, sequences: Sequence[CachedSequence]) -> Iterator[KVCache]:
+        """Open a transaction: whatever is staged and not committed inside is rolled back."""
+        try:
+            yield self
+        finally:
+            for sequence in sequences:
+                if sequence.is_open and sequence.num_staged:
+                    self.rollback(sequence)
+
+    # -- blocks ------------------------------------------------------------------------------
+
+    def _reserve(self, sequence: CachedSequence, num_positions: int) -> None:
+        num_missing = -(-num_positions // BLOCK_SIZE) - len(sequence.blocks)
+        if num_missing > len(self._free):
+            raise CapacityError(
+                f"the KV cache needs {num_missing} more blocks of {BLOCK_SIZE} tokens; "
+                f"{len(self._free)} of {self.num_blocks} are free",
+                hint="run fewer requests at once or raise kv_cache_tokens",
+            )
+        for _ in range(num_missing):
+            block = heapq.heappop(self._free)
+            self._references[block] = 1
+            start = len(sequence.blocks) * BLOCK_SIZE
+            if start == len(sequence.slot_of):
+                spare = np.empty(max(start, 4 * BLOCK_SIZE), dtype=np.int64)
+                sequence.slot_of = np.concatenate((sequence.slot_of, spare))
+            first = block * BLOCK_SIZE
+            sequence.slot_of[start : start + BLOCK_SIZE] = _OFFSETS + first
+            sequence.blocks.append(block)
+
+    def _release(self, blocks: Sequence[int]) -> None:
+        for block in blocks:
+            self._references[block] -= 1
+            if self._references[block] == 0:
+                heapq.heappush(self._free, block)
+
+    def _move(self, sources: np.ndarray, targets: np.ndarray) -> None:
+        source, target = (
+            torch.from_numpy(slots).to(self.device, non_blocking=True)
+            for slots in (sources, targets)
+        )
+        for pool in self._pools:
+            pool.index_copy_(1, target, pool.index_select(1, source))
+
+    def check_integrity(self) -> None:
+        """Check that every block is owned exactly as often as its count says.
+
+        Raises:
+            RuntimeError: A block is lost, owned twice or both free and owned.
+        """
+        owners = [0] * self.num_blocks
+        for sequence in self._sequences:
+            num_positions = sequence.num_cached + sequence.num_staged
+            if len(sequence.blocks) != -(-num_positions // BLOCK_SIZE):
+                raise RuntimeError(
+                    f"a sequence of {num_positions} positions holds {len(sequence.blocks)} blocks"
+                )
+            if len(set(sequence.blocks)) != len(sequence.blocks):
+                raise RuntimeError(f"a sequence holds a block twice: {sequence.blocks}")
+            for block in sequence.blocks:
+                owners[block] += 1
+        if owners != self._references:
+            raise RuntimeError(f"block owners {owners} differ from counts {self._references}")
+        free = set(self._free)
+        if len(free) != len(self._free) or any(owners[block] for block in free):
+            raise RuntimeError("the free list holds a block twice or an owned block")
+        if len(free) + sum(count > 0 for count in owners) != self.num_blocks:
+            raise RuntimeError("a block is neither free nor owned")

@@ -1,0 +1,87 @@
+"""Text to token ids and back, and the check that two models speak of the same tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from foretoken.errors import ModelError, VocabularyMismatchError
+from foretoken.models.adapter import LanguageModel
+
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "spiece*")
+
+
+class Tokenizer:
+    """A transformers tokenizer, as far as generation needs it."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+
+    @classmethod
+    def load(cls, path: str) -> Tokenizer | None:
+        """Load the tokenizer beside a model; None if the directory has none.
+
+        Raises:
+            ModelError: There is one, but it cannot be read.
+        """
+        directory = Path(path).expanduser()
+        if directory.is_dir() and not any(any(directory.glob(name)) for name in TOKENIZER_FILES):
+            return None
+        source = str(directory) if directory.is_dir() else path
+        try:
+            return cls(AutoTokenizer.from_pretrained(source))
+        except Exception as error:  # the tokenizers library raises bare Exception
+            raise ModelError(
+                f"the tokenizer of {path!r} cannot be loaded: {' '.join(str(error).split())[:300]}",
+                hint="check tokenizer.json and tokenizer_config.json in the model directory",
+            ) from error
+
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of a prompt, with the special tokens the model expects."""
+        return list(self._tokenizer.encode(text, truncation=False, verbose=False))
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Return the text of token ids; special tokens have none."""
+        text = self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
+        return text if isinstance(text, str) else "".join(text)
+
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """Every token text and its id."""
+        return dict(self._tokenizer.get_vocab())
+
+
+def check_same_vocabulary(
+    target: LanguageModel,
+    target_tokenizer: Tokenizer | None,
+    draft: LanguageModel,
+    draft_tokenizer: Tokenizer | None,
+) -> None:
+    """Check that a draft model's token ids mean what the target's mean.
+
+    Models of one family may pad their logits to different widths; their tokens must agree.
+    Without both tokenizers the widths must.
+
+    Raises:
+        VocabularyMismatchError: They differ.
+    """
+    if target_tokenizer is None or draft_tokenizer is None:
+        if target.info.vocab_size != draft.info.vocab_size:
+            raise VocabularyMismatchError(
+                f"draft {draft.info.vocab_size} tokens, target {target.info.vocab_size}"
+            )
+        return
+    ours, theirs = target_tokenizer.vocabulary, draft_tokenizer.vocabulary
+    if len(ours) != len(theirs):
+        raise VocabularyMismatchError(f"draft {len(theirs)} tokens, target {len(ours)}")
+    for text, token_id in sorted(ours.items(), key=lambda item: item[1]):
+        if theirs.get(text) != token_id:
+            raise VocabularyMismatchError(
+                f"draft {theirs.get(text)} for {text!r}, target {token_id}"
+            )
+    if draft.info.vocab_size < len(theirs):
+        raise VocabularyMismatchError(
+            f"draft model {draft.info.vocab_size} logits for {len(theirs)} tokens"
+        )

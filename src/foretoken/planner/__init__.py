@@ -1,0 +1,1 @@
+"""Planning: how much to draft, for whom, from which drafters."""

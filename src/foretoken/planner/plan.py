@@ -1,0 +1,99 @@
+"""A plan: the choices that a user would otherwise have to make, in one file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from foretoken.core.draft import DraftBudget
+from foretoken.errors import ConfigError, UnknownNameError
+
+DEFAULT_MAX_NODES = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """How to speculate.
+
+    Args:
+        drafters: Specs such as `prompt-lookup` or `draft-model:path=DIR`; "auto" alone lets
+            Foretoken choose, "none" is plain decoding.
+        verifier: Name of the acceptance rule.
+        max_nodes: Most draft tokens per request and step; 0 is plain decoding.
+    """
+
+    drafters: tuple[str, ...] = ("auto",)
+    verifier: str = "coupled"
+    max_nodes: int = DEFAULT_MAX_NODES
+
+    def __post_init__(self) -> None:
+        is_list = isinstance(self.drafters, (list, tuple))
+        if not is_list or not self.drafters or not all(isinstance(it, str) for it in self.drafters):
+            raise ConfigError(
+                f"a plan's drafters are a list of texts, at least one; got {self.drafters!r}",
+                hint='write ["auto"] or ["none"]',
+            )
+        object.__setattr__(self, "drafters", tuple(self.drafters))
+        if not isinstance(self.verifier, str):
+            raise ConfigError(
+                f"a plan's verifier is a name; got {self.verifier!r}", hint='write "coupled"'
+            )
+        is_count = isinstance(self.max_nodes, int) and not isinstance(self.max_nodes, bool)
+        if not is_count or self.max_nodes < 0:
+            raise ConfigError(
+                f"max_nodes is an integer >= 0; got {self.max_nodes!r}", hint="change max_nodes"
+            )
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> Plan:
+        """Build from a mapping such as a JSON object.
+
+        Raises:
+            UnknownNameError: A key is not part of a plan.
+            ConfigError: A value is not allowed.
+        """
+        names = [item.name for item in dataclasses.fields(cls)]
+        for key in values:
+            if key not in names:
+                raise UnknownNameError("plan entry", key, names)
+        return cls(**values)
+
+    @classmethod
+    def load(cls, path: Path) -> Plan:
+        """Read a plan from a JSON file.
+
+        Raises:
+            ConfigError: The file cannot be read or holds something else.
+        """
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(
+                f"plan file {str(path)!r} cannot be read: {error.strerror}", hint="check the path"
+            ) from error
+        except ValueError as error:
+            raise ConfigError(
+                f"plan file {str(path)!r} is not JSON: {error}", hint="repair the file"
+            ) from error
+        if not isinstance(values, dict):
+            raise ConfigError(
+                f"plan file {str(path)!r} holds a JSON {type(values).__name__}, not an object",
+                hint='write {"drafters": ["auto"], "max_nodes": 8}',
+            )
+        try:
+            return cls.from_mapping(values)
+        except ConfigError as error:
+            raise ConfigError(f"plan file {str(path)!r}: {error}", hint=error.hint) from error
+
+    def budget(self, num_wanted: int) -> DraftBudget:
+        """Return the bounds of one request's draft.
+
+        Args:
+            num_wanted: Tokens that the request can still take; the target adds one itself, so
+                paths longer than the rest would be for nothing.
+        """
+        return DraftBudget(max_nodes=self.max_nodes, max_depth=max(0, num_wanted - 1))

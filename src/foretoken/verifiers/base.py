@@ -1,0 +1,59 @@
+"""The verifier contract."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar, Protocol
+
+from torch import Tensor
+
+from foretoken.core.draft import Draft
+from foretoken.core.sampling import Sampler
+from foretoken.core.verdict import Exactness, Verdict
+
+
+class TargetRows:
+    """The target's logits at the nodes of one request's draft.
+
+    Args:
+        logits: One row per node in node order, [N, V].
+        argmax_ids: The largest entry of each row, ties to the lowest id, [N]; computed for the
+            whole step at once, because most requests need nothing else.
+    """
+
+    __slots__ = ("argmax_ids", "logits")
+
+    def __init__(self, logits: Tensor, argmax_ids: Sequence[int]) -> None:
+        self.logits = logits
+        self.argmax_ids = argmax_ids
+
+    def choose(
+        self, node: int, sampler: Sampler, token_ids: Sequence[int], path: Sequence[int]
+    ) -> int:
+        """Return the target's own token after `node`, reached over `path`."""
+        if sampler.is_argmax:
+            return self.argmax_ids[node]
+        return sampler.choose(self.logits[node], token_ids, path)
+
+
+class Verifier(Protocol):
+    """Walks a draft along the target's rows and says what stands.
+
+    Attributes:
+        exactness: How closely its output follows plain decoding, given equal logits.
+    """
+
+    exactness: ClassVar[Exactness]
+
+    def verify(
+        self, draft: Draft, rows: TargetRows, sampler: Sampler, token_ids: Sequence[int]
+    ) -> Verdict:
+        """Return the accepted path and the target's final token; at least one token in all.
+
+        Args:
+            draft: What was scored.
+            rows: The target's logits at its nodes.
+            sampler: Makes the request's choices.
+            token_ids: Prompt and output so far; the last one is the draft's root.
+        """
+        ...
