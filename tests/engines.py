@@ -4,6 +4,7 @@ import random
 from collections import defaultdict
 from functools import lru_cache
 
+import numpy as np
 import torch
 
 from foretoken.core.draft import Draft
@@ -15,7 +16,7 @@ from foretoken.engine.engine import Engine, EngineConfig
 from foretoken.models.adapter import ForwardOutput, ModelInfo
 from foretoken.models.batch import RaggedBatch
 from foretoken.models.cache import BLOCK_SIZE, KVCache, LayerShape
-from foretoken.models.loading import adapt_module
+from foretoken.models.modules import adapt_module
 from foretoken.planner.plan import Plan
 from foretoken.verifiers.coupled import CoupledVerifier
 from tests.fakes import build_module, tiny_config
@@ -63,7 +64,9 @@ class TableModel:
             raise RuntimeError("the device fell off")
         self.num_passes += 1
         self.rows_per_pass.append(batch.num_rows)
-        token_ids = batch.token_ids[torch.tensor(rows, dtype=torch.int64)]
+        # Through numpy: torch.tensor of a list keeps a little memory, more with each new length.
+        wanted = torch.from_numpy(np.fromiter(rows, dtype=np.int64))
+        token_ids = batch.token_ids[wanted]
         return ForwardOutput(logits=self.table[token_ids], hidden={})
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from foretoken.core.tree import TokenTree
 from foretoken.models.attention import IMPLEMENTATION
-from foretoken.models.loading import adapt_module
+from foretoken.models.modules import adapt_module
 
 VOCAB_SIZE = 61
 WINDOW = 5

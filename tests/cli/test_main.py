@@ -12,7 +12,7 @@ from foretoken.cli.options import DEFAULTS
 from foretoken.core.params import SamplingParams
 from foretoken.planner.plan import Plan
 
-HEAVY = {"numpy", "safetensors", "tokenizers", "torch", "transformers"}
+HEAVY = {"numba", "numpy", "safetensors", "tokenizers", "torch", "transformers"}
 IMPORT_CHECK = f"""
 import sys
 from foretoken.cli.main import run

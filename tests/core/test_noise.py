@@ -1,5 +1,8 @@
 """Keyed noise: frozen values, and draws that nothing tells from independent samples."""
 
+import math
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -134,12 +137,22 @@ def test_noise_is_finite(over_positions, over_seeds):
 
 
 @pytest.mark.parametrize("bits", [0, -1])
-def test_outermost_hashes_have_finite_noise(bits, monkeypatch):
+def test_outermost_hashes_have_finite_noise(bits):
     """All bits 0 and all bits 1: uniform variates just above 0 and just below 1."""
-    monkeypatch.setattr(noise, "_mix", lambda values: torch.full_like(values, bits))
-    extreme = gumbel_noise(7, [3], 5, CPU)
-    assert extreme.isfinite().all()
-    assert (extreme < -3.6).all() if bits == 0 else (extreme > 36).all()
+    uniform = float(noise._uniform_by_torch(torch.tensor([bits])))
+    extreme = -math.log(-math.log(uniform))
+    assert math.isfinite(extreme)
+    assert extreme < -3.6 if bits == 0 else extreme > 36
+
+
+@given(st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=20), st.integers(1, 300))
+def test_compiled_hash_is_that_of_other_devices(keys, vocab_size):
+    """The integers must be the same everywhere, and so must the variates made of them."""
+    token_keys = noise._token_keys(vocab_size, CPU)
+    position_keys = torch.tensor([noise._signed(key) for key in keys]).unsqueeze(1)
+    by_torch = noise._uniform_by_torch(noise._mix(token_keys ^ position_keys))
+    compiled = noise._uniform(token_keys.numpy().view(np.uint64), np.array(keys, dtype=np.uint64))
+    assert np.array_equal(compiled, by_torch.numpy())
 
 
 @pytest.mark.gpu

@@ -26,7 +26,11 @@ def grow(table, policy, *, max_nodes, max_depth, own_depth=99):
     while tree.frontier:
         num_passes += 1
         width = tree.num_children
-        tree.grow([table(tree.path(node))[:width] for node in tree.frontier])
+        levels = [table(tree.paths[node])[:width] for node in tree.frontier]
+        tree.grow(
+            [[token_id for token_id, _ in level] for level in levels],
+            [[logprob for _, logprob in level] for level in levels],
+        )
     return tree.finish("test", SiblingDraw.DETERMINISTIC), num_passes
 
 
@@ -228,7 +232,7 @@ def test_best_first_does_not_run_a_level_that_cannot_enter_a_full_tree():
     num_passes = 0
     while tree.frontier:
         num_passes += 1
-        tree.grow([[(7, math.log(0.9))] for _ in tree.frontier])
+        tree.grow([[7] for _ in tree.frontier], [[math.log(0.9)] for _ in tree.frontier])
     assert num_passes == 2
     assert tree.finish("test", SiblingDraw.DETERMINISTIC).tree.token_ids == (1, 7, 7)
 

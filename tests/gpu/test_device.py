@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from foretoken.drafters.prompt_lookup import PromptLookupDrafter, PromptLookupOptions
-from foretoken.models.loading import adapt_module
+from foretoken.models.modules import adapt_module
 from tests.engines import finish, greedy, make_engine, plain_ids, sampled
 from tests.fakes import build_module, tiny_config
 

@@ -9,7 +9,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from foretoken.errors import ConfigError, ModelError, UnsupportedModelError
-from foretoken.models.loading import adapt_module, check_supported, load_model, resolve_device
+from foretoken.models.loading import load_model, resolve_device
+from foretoken.models.modules import adapt_module, check_supported
 from tests.fakes import build_module, tiny_config
 
 LLAMA_LIKE = {

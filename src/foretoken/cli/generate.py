@@ -15,7 +15,7 @@ from foretoken.cli import options, work
 from foretoken.cli.output import FileSink, StdoutSink
 from foretoken.cli.prompts import read_jobs
 from foretoken.cli.summary import Run
-from foretoken.cli.terminal import loading, note
+from foretoken.cli.terminal import explain_compilation, loading, note
 from foretoken.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -116,6 +116,7 @@ def _load(
         from foretoken.models.quiet import silence_libraries
         from foretoken.planner.plan import Plan
 
+        explain_compilation()
         if is_quiet:
             silence_libraries()
         plan = Plan.load(plan_file) if plan_file is not None else Plan()

@@ -10,6 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from foretoken import __version__
+from foretoken.cli.bench import EXAMPLES as BENCH_EXAMPLES
+from foretoken.cli.bench import bench
 from foretoken.cli.errors import EXIT_FAILURE, Session, report
 from foretoken.cli.generate import EXAMPLES, EXIT_INTERRUPTED, generate
 
@@ -20,6 +22,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command(epilog=EXAMPLES, no_args_is_help=False)(generate)
+app.command(epilog=BENCH_EXAMPLES, no_args_is_help=False)(bench)
 
 
 def _print_version(wanted: bool) -> None:

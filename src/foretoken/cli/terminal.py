@@ -59,6 +59,17 @@ def loading(what: str) -> AbstractContextManager[object]:
     return Console(stderr=True).status(f"loading {escape(what)}")
 
 
+def explain_compilation() -> None:
+    """Say so on a terminal when code has to be compiled, which takes a while the first time."""
+    from foretoken.core.jit import announce_compilation
+
+    def explain() -> None:
+        if is_terminal(sys.stderr):
+            note("compiling for this machine; later runs start at once")
+
+    announce_compilation(explain)
+
+
 class PromptProgress:
     """A bar of finished prompts on standard error; nothing if that is no terminal.
 

@@ -92,7 +92,7 @@ class Draft:
         return cls(
             tree=tree,
             siblings=siblings,
-            source=("", *(name for _ in range(tree.num_draft_tokens))),
+            source=("", *(name,) * tree.num_draft_tokens),
             draft_logprobs=draft_logprobs or (0.0,) * len(tree),
         )
 

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from foretoken.core.jit import jit
+
 _MASK_64 = (1 << 64) - 1
 # Increment and multipliers of splitmix64 (Steele, Lea, Flood 2014; Stafford's variant 13).
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -66,23 +68,41 @@ def gumbel_noise(
         seed: Key of the request, 0 <= seed < 2**64.
         positions: Absolute indices in the request of the tokens to be chosen, prompt included.
         vocab_size: V; a smaller vocabulary gets a prefix of a larger one's noise.
-        device: Where to compute; the integers are the same everywhere, the logarithms up to
-            the device's last bit.
+        device: Where to compute; the uniform variates are the same everywhere, the logarithms up
+            to the last bit: each device, and each processor that numpy tells apart, has its own.
     """
     request_key = _splitmix(seed)
-    keys = [_signed(_splitmix(request_key ^ _splitmix(~p & _MASK_64))) for p in positions]
-    position_keys = torch.tensor(keys, device=device).unsqueeze(1)
-    bits = _mix(_token_keys(vocab_size, device) ^ position_keys)
-    # 52 bits and a half: exact in float64, never 0 or 1, so both logarithms are finite.
-    uniform = (((bits >> 12) & 0xFFFFFFFFFFFFF).double() + 0.5) * 2.0**-52
-    return _minus_log(_minus_log(uniform))
+    keys = [_splitmix(request_key ^ _splitmix(~p & _MASK_64)) for p in positions]
+    token_keys = _token_keys(vocab_size, device)
+    if device.type != "cpu":
+        position_keys = torch.tensor([_signed(key) for key in keys], device=device)
+        uniform = _uniform_by_torch(_mix(token_keys ^ position_keys.unsqueeze(1)))
+        return uniform.log_().neg_().log_().neg_()
+    noise = _uniform(token_keys.numpy().view(np.uint64), np.array(keys, dtype=np.uint64))
+    for _ in range(2):  # by numpy, whose float64 logarithm is many times as fast as torch's
+        np.negative(np.log(noise, out=noise), out=noise)
+    return torch.from_numpy(noise)
 
 
-def _minus_log(values: Tensor) -> Tensor:
-    """Return -log; on CPU by numpy, whose float64 logarithm is six times as fast as torch's."""
-    if values.device.type == "cpu":
-        return torch.from_numpy(np.negative(np.log(values.numpy())))
-    return values.log().neg()
+# 52 bits and a half: exact in float64, never 0 or 1, so both logarithms are finite.
+
+
+def _uniform_by_torch(bits: Tensor) -> Tensor:
+    return (((bits >> 12) & 0xFFFFFFFFFFFFF).double() + 0.5) * 2.0**-52
+
+
+@jit
+def _uniform(token_keys: np.ndarray, position_keys: np.ndarray) -> np.ndarray:
+    """Return the uniform variates of all positions and tokens, [P, V] float64, in one sweep."""
+    uniform = np.empty((len(position_keys), len(token_keys)))
+    for row in range(len(position_keys)):
+        for token in range(len(token_keys)):
+            bits = token_keys[token] ^ position_keys[row]
+            bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(_MULTIPLIER_1)
+            bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(_MULTIPLIER_2)
+            bits = (bits ^ (bits >> np.uint64(31))) >> np.uint64(12)
+            uniform[row, token] = (np.float64(bits) + 0.5) * 2.0**-52
+    return uniform
 
 
 class NoiseBlocks:
@@ -99,17 +119,18 @@ class NoiseBlocks:
 
     def __init__(self, seed: int) -> None:
         self._seed = seed
-        self._blocks: dict[tuple[int, int, torch.device], Tensor] = {}
+        self._blocks: dict[tuple[int, int, torch.device], tuple[Tensor, ...]] = {}
 
     def row(self, position: int, vocab_size: int, device: torch.device) -> Tensor:
         """Return the noise at one position, [V] float64; not to be written to."""
-        index = position // self.BLOCK
+        index, place = divmod(position, self.BLOCK)
         key = (index, vocab_size, device)
-        if key not in self._blocks:
+        rows = self._blocks.get(key)
+        if rows is None:
             first = index * self.BLOCK
             # Positions only grow; blocks long behind are never asked for again.
-            self._blocks = {old: rows for old, rows in self._blocks.items() if old[0] >= index - 2}
-            self._blocks[key] = gumbel_noise(
-                self._seed, range(first, first + self.BLOCK), vocab_size, device
-            )
-        return self._blocks[key][position - index * self.BLOCK]
+            self._blocks = {old: kept for old, kept in self._blocks.items() if old[0] >= index - 2}
+            positions = range(first, first + self.BLOCK)
+            rows = gumbel_noise(self._seed, positions, vocab_size, device).unbind()
+            self._blocks[key] = rows
+        return rows[place]

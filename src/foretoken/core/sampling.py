@@ -4,12 +4,23 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from foretoken.core.noise import NoiseBlocks
 from foretoken.core.params import SamplingParams
+from foretoken.core.ranking import (
+    LogprobLists,
+    RaceRows,
+    TokenLists,
+    argmax_ids,
+    best_in_race,
+    best_tokens,
+    is_numpy,
+    race_winner,
+)
 
 Processor = Callable[[Tensor, Sequence[int], int], Tensor]
 """Maps (logits [V], token ids so far, length of the prompt) to new logits; never in place.
@@ -142,6 +153,12 @@ class Sampler:
         params: The request's parameters.
         seed: Key of the noise; `params.seed` or a fresh one.
         num_prompt_ids: Length of the prompt; some penalties count only what comes after.
+
+    Attributes:
+        is_greedy: Whether the largest score wins, without noise.
+        is_plain: Whether nothing but a temperature shapes the scores. What they are ranked by is
+            then computed in one sweep, without tensors in between.
+        temperature: 0 if greedy.
     """
 
     def __init__(self, params: SamplingParams, seed: int, num_prompt_ids: int) -> None:
@@ -150,6 +167,9 @@ class Sampler:
         self._num_prompt_ids = num_prompt_ids
         self._processors = build_processors(params)
         self._warpers = build_warpers(params)
+        self.temperature = params.temperature
+        has_other_warpers = len(self._warpers) > (params.temperature not in (0, 1))
+        self.is_plain = not self._processors and not has_other_warpers
 
     @property
     def is_argmax(self) -> bool:
@@ -172,7 +192,11 @@ class Sampler:
             token_ids: Prompt and output so far.
             path: Draft tokens accepted since.
         """
-        return int(self.race_scores(logits.unsqueeze(0), token_ids, [path])[0].argmax())
+        if self.is_plain and not self.is_greedy and is_numpy(logits):
+            noise = self.noise(len(token_ids) + len(path), logits)
+            return race_winner(logits, noise, self.temperature)
+        [chosen_id] = argmax_ids(self.race_scores(logits.unsqueeze(0), token_ids, [path]))
+        return chosen_id
 
     def race_scores(
         self,
@@ -203,10 +227,76 @@ class Sampler:
             scores = warp(scores)
         if self.is_greedy:
             return scores
-        position = len(token_ids) + len(paths[0])
-        return scores + self._noise.row(position, scores.shape[-1], scores.device)
+        return scores + self.noise(len(token_ids) + len(paths[0]), scores)
+
+    def noise(self, position: int, scores: Tensor) -> Tensor:
+        """Return the noise of the choice made at a position, [V] float64, to go with scores."""
+        return self._noise.row(position, scores.shape[-1], scores.device)
 
     def _process(self, logits: Tensor, token_ids: Sequence[int]) -> Tensor:
         for process in self._processors:
             logits = process(logits, token_ids, self._num_prompt_ids)
         return logits
+
+
+@dataclass(frozen=True, slots=True)
+class Frontier:
+    """The rows of one request for which a drafter wants to know the likeliest choices.
+
+    Args:
+        sampler: Makes the request's choices.
+        token_ids: Prompt and output so far.
+        paths: Draft tokens before each row, all of one length.
+    """
+
+    sampler: Sampler
+    token_ids: Sequence[int]
+    paths: Sequence[Sequence[int]]
+
+
+def best_guesses(
+    logits: Tensor,  # [F, V]
+    frontiers: Sequence[Frontier],
+    width: int,
+    race_temperature: float,
+) -> tuple[TokenLists, LogprobLists]:
+    """Return for each row the tokens that are likeliest to be chosen, by a drafter's logits.
+
+    They are ranked by the race that the target will run, and the log of each one's estimated
+    probability stands beside it. Tokens that the controls rule out are left out.
+
+    Args:
+        logits: The rows of all frontiers, one after the other.
+        frontiers: At least one.
+        width: Most tokens per row.
+        race_temperature: How far drafter and target disagree when sampling.
+    """
+    if is_numpy(logits) and all(frontier.sampler.is_plain for frontier in frontiers):
+        return best_in_race(logits, width, _race_rows(frontiers, logits, race_temperature))
+    token_ids: TokenLists = []
+    logprobs: LogprobLists = []
+    start = 0
+    for frontier in frontiers:
+        stop, sampler = start + len(frontier.paths), frontier.sampler
+        scores = sampler.race_scores(logits[start:stop], frontier.token_ids, frontier.paths)
+        found = best_tokens(scores, width, 1.0 if sampler.is_greedy else race_temperature)
+        token_ids += found[0]
+        logprobs += found[1]
+        start = stop
+    return token_ids, logprobs
+
+
+def _race_rows(frontiers: Sequence[Frontier], logits: Tensor, race_temperature: float) -> RaceRows:
+    temperatures: list[float] = []
+    race_temperatures: list[float] = []
+    noise_of: list[int] = []
+    noise: list[Tensor] = []
+    for frontier in frontiers:
+        num_rows, sampler = len(frontier.paths), frontier.sampler
+        noise_of += [-1 if sampler.is_greedy else len(noise)] * num_rows
+        temperatures += [sampler.temperature or 1.0] * num_rows
+        race_temperatures += [1.0 if sampler.is_greedy else race_temperature] * num_rows
+        if not sampler.is_greedy:
+            position = len(frontier.token_ids) + len(frontier.paths[0])
+            noise.append(sampler.noise(position, logits))
+    return RaceRows(temperatures, race_temperatures, noise_of, noise)

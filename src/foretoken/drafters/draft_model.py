@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,6 +11,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from foretoken.core.draft import Draft, SiblingDraw
+from foretoken.core.ranking import LogprobLists, TokenLists
+from foretoken.core.sampling import Frontier, best_guesses
 from foretoken.core.tree import ROOT
 from foretoken.core.verdict import Verdict
 from foretoken.drafters.base import (
@@ -23,7 +24,6 @@ from foretoken.drafters.base import (
 )
 from foretoken.drafters.growth import (
     BestFirst,
-    Candidate,
     GrowingTree,
     GrowthPolicy,
     StaticExpansion,
@@ -84,31 +84,43 @@ class DraftModelOptions:
 class _DraftState:
     """One request's place in the draft model's cache.
 
+    Rows fed since the last commit are staged in the cache: tokens that stand, as a chain, then
+    nodes of the tree in the making.
+
     Args:
         sequence: Its keys and values.
-        staged_ids: Tokens fed since the last commit, as staged: those that stand, then draft
-            tokens.
-        num_known: How many of them stand.
+        num_known: How many of the staged tokens stand; the last of them is the root.
         staged_at: Tree node to its index among the staged.
+        child_at: Index of a staged node and token id of a child to that child's index.
     """
 
     sequence: CachedSequence
-    staged_ids: list[int] = field(default_factory=list)
     num_known: int = 0
     staged_at: dict[int, int] = field(default_factory=dict)
+    child_at: dict[tuple[int, int], int] = field(default_factory=dict)
 
     def reset(self) -> None:
         """Forget what was fed since the last commit."""
-        self.staged_ids.clear()
         self.staged_at.clear()
+        self.child_at.clear()
         self.num_known = 0
 
-    def child(self, parent: int, token_id: int) -> int | None:
-        """Return the staged draft token below `parent` that is `token_id`, if any."""
-        for node in range(self.num_known, len(self.staged_ids)):
-            if self.sequence.parents[node] == parent and self.staged_ids[node] == token_id:
-                return node
-        return None
+    def feed_known(self, token_ids: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:
+        """Return what is to be fed for the root's logits: token ids, and parents as staged."""
+        new_ids = token_ids[self.sequence.num_cached :]
+        self.num_known = len(new_ids)
+        self.staged_at[ROOT] = self.num_known - 1
+        return new_ids, range(-1, self.num_known - 1)
+
+    def feed_frontier(self, tree: GrowingTree) -> tuple[Sequence[int], Sequence[int]]:
+        """Return what is to be fed for the frontier's logits, likewise."""
+        new_ids = [tree.token_ids[node] for node in tree.frontier]
+        parents = [self.staged_at[tree.parents[node]] for node in tree.frontier]
+        first = self.sequence.num_staged
+        for index, node in enumerate(tree.frontier):
+            self.staged_at[node] = first + index
+            self.child_at[parents[index], new_ids[index]] = first + index
+        return new_ids, parents
 
 
 class DraftModelDrafter:
@@ -133,6 +145,7 @@ class DraftModelDrafter:
         self._policy = options.policy()
         self._max_depth = options.depth_limit
         self._target_vocab_size = host.target.info.vocab_size
+        self._has_fewer_tokens = model.info.vocab_size < self._target_vocab_size
         # A tree in the making holds more nodes than the draft that comes of it.
         scratch = self._max_depth * max(64, options.width) * host.max_requests
         self._cache = model.new_cache(host.kv_cache_tokens + scratch)
@@ -158,9 +171,11 @@ class DraftModelDrafter:
         trees = [self._plant(context) for context in contexts]
         growing = [pair for pair in zip(contexts, trees, strict=True) if pair[1].frontier]
         while growing:
-            logits = self._run_frontiers(growing)
-            for (context, tree), rows in zip(growing, logits, strict=True):
-                tree.grow(self._candidates(context, tree, rows))
+            start, (token_ids, logprobs) = 0, self._candidates(growing, self._run(growing))
+            for _, tree in growing:
+                stop = start + len(tree.frontier)
+                tree.grow(token_ids[start:stop], logprobs[start:stop])
+                start = stop
             growing = [pair for pair in growing if pair[1].frontier]
         return [
             tree.finish("draft-model", _siblings(context))
@@ -174,7 +189,7 @@ class DraftModelDrafter:
         parent = state.num_known - 1
         # Not the final token: it is the next root, and the root's row must be run for its logits.
         for token_id in verdict.token_ids[:-1]:
-            node = state.child(parent, token_id)
+            node = state.child_at.get((parent, token_id))
             if node is None:
                 break
             kept.append(node)
@@ -213,61 +228,46 @@ class DraftModelDrafter:
                 self._model.forward(self._model.batch(self._cache, [segment]), [])
                 self._cache.commit([(sequence, range(len(chunk)))])
 
-    def _run_frontiers(self, growing: Sequence[tuple[DraftContext, GrowingTree]]) -> list[Tensor]:
-        """Run the frontier of every tree in one pass; return the logits per tree, [F, V]."""
+    def _run(self, growing: Sequence[tuple[DraftContext, GrowingTree]]) -> Tensor:
+        """Run the frontier of every tree in one pass; return its logits, [F, V], tree by tree."""
         segments = [self._segment(context, tree) for context, tree in growing]
         batch = self._model.batch(self._cache, segments)
-        counts = [len(tree.frontier) for _, tree in growing]
-        rows = [
-            row
-            for end, count in zip(batch.starts[1:], counts, strict=True)
-            for row in range(end - count, end)
-        ]
-        wanted = range(len(rows)) if len(rows) == batch.num_rows else rows
-        logits = self._model.forward(batch, wanted).logits[:, : self._target_vocab_size]
+        rows: Sequence[int] = range(batch.num_rows)
+        if growing[0][1].depth == 0 and len(growing) < batch.num_rows:
+            rows = [stop - 1 for stop in batch.starts[1:]]  # the roots; all trees are as deep
+        logits = self._model.forward(batch, rows).logits
         num_missing = self._target_vocab_size - logits.shape[1]
-        if num_missing:  # padded to different widths; the processors expect the target's
+        if num_missing:  # too many if negative; the processors expect the target's vocabulary
             logits = functional.pad(logits, (0, num_missing), value=-math.inf)
-        return list(logits.split(counts))
+        return logits
 
     def _segment(self, context: DraftContext, tree: GrowingTree) -> Segment:
         """Return the rows to feed: tokens that stand if this is the root, else draft tokens."""
         state = self._states[context.request_id]
-        if tree.depth == 0:
-            new_ids = list(context.token_ids[state.sequence.num_cached :])
-            state.num_known = len(new_ids)
-            parents = list(range(-1, len(new_ids) - 1))
-            state.staged_at[ROOT] = len(new_ids) - 1
-        else:
-            new_ids = [tree.token_ids[node] for node in tree.frontier]
-            parents = [state.staged_at[tree.parents[node]] for node in tree.frontier]
-            state.staged_at.update(zip(tree.frontier, itertools.count(len(state.staged_ids))))
-        state.staged_ids += new_ids
-        return Segment(state.sequence, self._clamped(new_ids), parents)
+        token_ids, parents = (
+            state.feed_frontier(tree) if tree.depth else state.feed_known(context.token_ids)
+        )
+        return Segment(state.sequence, self._clamped(token_ids), parents)
 
     def _clamped(self, token_ids: Sequence[int]) -> Sequence[int]:
         """Return the ids with those that the draft does not have replaced by its last one."""
-        last_id = self._model.info.vocab_size - 1
-        return token_ids if max(token_ids) <= last_id else [min(i, last_id) for i in token_ids]
+        if not self._has_fewer_tokens:
+            return token_ids
+        return [min(token_id, self._model.info.vocab_size - 1) for token_id in token_ids]
 
     def _candidates(
         self,
-        context: DraftContext,
-        tree: GrowingTree,
+        growing: Sequence[tuple[DraftContext, GrowingTree]],
         logits: Tensor,  # [F, V]
-    ) -> list[list[Candidate]]:
+    ) -> tuple[TokenLists, LogprobLists]:
         """Return the best children of each frontier node by the race, best first."""
-        paths = [tree.path(node) for node in tree.frontier]
-        scores = context.sampler.race_scores(logits, context.token_ids, paths)
-        if not context.sampler.is_greedy:
-            scores = scores.float() / RACE_TEMPERATURE  # an estimate needs no more digits
-        width = min(tree.num_children, scores.shape[-1])
-        best = scores.log_softmax(dim=-1).topk(width, dim=-1)
-        # Tokens that top-k, top-p and the like have ruled out have probability 0.
-        return [
-            [pair for pair in zip(ids, logprobs, strict=True) if pair[1] > -math.inf]
-            for ids, logprobs in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        frontiers = [
+            Frontier(
+                context.sampler, context.token_ids, [tree.paths[node] for node in tree.frontier]
+            )
+            for context, tree in growing
         ]
+        return best_guesses(logits, frontiers, growing[0][1].num_children, RACE_TEMPERATURE)
 
 
 def _siblings(context: DraftContext) -> SiblingDraw:

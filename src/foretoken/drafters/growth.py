@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,8 +12,6 @@ from foretoken.core.draft import Draft, DraftBudget, SiblingDraw
 from foretoken.core.tree import NO_PARENT, ROOT, TokenTree
 from foretoken.errors import ConfigError
 
-Candidate = tuple[int, float]  # token id, log of its estimated probability of being taken
-
 
 class GrowthPolicy(Protocol):
     """Decides how many children nodes get and which of them get children in turn."""
@@ -21,8 +20,12 @@ class GrowthPolicy(Protocol):
         """Return how many candidates a node at `depth` may offer."""
         ...
 
-    def select(self, tree: GrowingTree, offered: Sequence[int]) -> list[int]:
-        """Return the nodes among those just offered that are to be expanded next."""
+    def admit(self, tree: GrowingTree, total: float) -> bool:
+        """Return whether to add a node, the next one, whose path has this log-probability."""
+        ...
+
+    def select(self, tree: GrowingTree, offered: range) -> list[int]:
+        """Return the nodes among those just added that are to be expanded next."""
         ...
 
     def finish(self, tree: GrowingTree) -> list[int]:
@@ -40,6 +43,13 @@ class GrowingTree:
         max_depth: The drafter's own bound on depth.
 
     Attributes:
+        token_ids: Of every node added so far.
+        parents: Likewise.
+        logprobs: Log of each node's estimated probability of being taken after its parent.
+        totals: Their sums along each path from the root.
+        paths: Draft tokens from below the root to each node, itself included.
+        best: For the policy: the nodes worth keeping so far, as a heap of (total, -node).
+        depth: Of the frontier.
         frontier: Nodes whose candidates are wanted next; empty when the tree is complete.
     """
 
@@ -50,8 +60,10 @@ class GrowingTree:
         self.token_ids = [root_id]
         self.parents = [NO_PARENT]
         self.logprobs = [0.0]
-        self.totals = [0.0]  # log-probability of the path from the root
-        self.depth = 0  # of the frontier
+        self.totals = [0.0]
+        self.paths: list[tuple[int, ...]] = [()]
+        self.best: list[tuple[float, int]] = []
+        self.depth = 0
         self._policy = policy
         self._max_depth = min(max_depth, budget.max_depth)
         self.frontier = [] if budget.max_nodes == 0 or self._max_depth == 0 else [ROOT]
@@ -61,33 +73,37 @@ class GrowingTree:
         """Candidates wanted for each node of the frontier."""
         return self._policy.num_children(self.depth)
 
-    def path(self, node: int) -> tuple[int, ...]:
-        """Return the draft tokens from below the root to `node`."""
-        token_ids: list[int] = []
-        while node != ROOT:
-            token_ids.append(self.token_ids[node])
-            node = self.parents[node]
-        return tuple(token_ids[::-1])
+    def grow(self, token_ids: Sequence[Sequence[int]], logprobs: Sequence[Sequence[float]]) -> None:
+        """Add one level: candidates of each frontier node, and the logs of their probabilities.
 
-    def grow(self, candidates: Sequence[Sequence[Candidate]]) -> None:
-        """Add one level: the candidates of each frontier node, best first."""
-        offered = []
-        for parent, children in zip(self.frontier, candidates, strict=True):
-            for token_id, logprob in children:
-                offered.append(len(self.token_ids))
+        Args:
+            token_ids: For each node of the frontier, best first.
+            logprobs: Likewise, descending.
+        """
+        num_before = len(self.token_ids)
+        for parent, ids, values in zip(self.frontier, token_ids, logprobs, strict=True):
+            total, path = self.totals[parent], self.paths[parent]
+            for token_id, logprob in zip(ids, values, strict=True):
+                if not self._policy.admit(self, total + logprob):
+                    break  # those after it are worth no more
                 self.token_ids.append(token_id)
                 self.parents.append(parent)
                 self.logprobs.append(logprob)
-                self.totals.append(self.totals[parent] + logprob)
+                self.totals.append(total + logprob)
+                self.paths.append((*path, token_id))
         self.depth += 1
-        expandable = self._policy.select(self, offered)
+        expandable = self._policy.select(self, range(num_before, len(self.token_ids)))
         self.frontier = expandable if self.depth < self._max_depth else []
 
     def finish(self, source: str, siblings: SiblingDraw) -> Draft:
         """Return the draft within its budget."""
         nodes = self._policy.finish(self)
-        tree = TokenTree(tuple(self.token_ids), tuple(self.parents)).keep(nodes)
-        logprobs = tuple(self.logprobs[node] for node in nodes)
+        new_index = {node: index for index, node in enumerate(nodes)}
+        tree = TokenTree(
+            tuple([self.token_ids[node] for node in nodes]),
+            (NO_PARENT, *[new_index[self.parents[node]] for node in nodes[1:]]),
+        )
+        logprobs = tuple([self.logprobs[node] for node in nodes])
         return Draft.from_drafter(source, tree, siblings=siblings, draft_logprobs=logprobs)
 
 
@@ -112,7 +128,11 @@ class StaticExpansion:
         """Return the width of the level below `depth`."""
         return self.widths[depth]
 
-    def select(self, tree: GrowingTree, offered: Sequence[int]) -> list[int]:
+    def admit(self, tree: GrowingTree, total: float) -> bool:
+        """Add every node."""
+        return True
+
+    def select(self, tree: GrowingTree, offered: range) -> list[int]:
         """Expand every new node, as long as the budget has room for children."""
         return list(offered) if len(tree.token_ids) <= tree.budget.max_nodes else []
 
@@ -151,22 +171,26 @@ class BestFirst:
         """Return the same width at every depth."""
         return self.width
 
-    def select(self, tree: GrowingTree, offered: Sequence[int]) -> list[int]:
+    def admit(self, tree: GrowingTree, total: float) -> bool:
+        """Add a node that is among the best so far; it may push out another."""
+        # Ties go to the older node, so a parent is never pushed out before its child.
+        entry = (total, -len(tree.token_ids))
+        if len(tree.best) < tree.budget.max_nodes:
+            heapq.heappush(tree.best, entry)
+            return True
+        return heapq.heappushpop(tree.best, entry) is not entry
+
+    def select(self, tree: GrowingTree, offered: range) -> list[int]:
         """Expand the newest nodes that are among the best, if they are worth a pass."""
-        best = self._best(tree)
         # Children of the worst node of a full tree could only replace it by something worse.
-        is_full = len(best) > tree.budget.max_nodes
-        worth_more_than = tree.totals[best[-1]] if is_full else -math.inf
-        kept = set(best)
-        chosen = [n for n in offered if n in kept and tree.totals[n] > worth_more_than]
-        gain = sum(math.exp(tree.totals[node]) for node in chosen)
+        is_full = len(tree.best) == tree.budget.max_nodes
+        worth_more_than = tree.best[0][0] if is_full else -math.inf
+        chosen = sorted(
+            [-node for total, node in tree.best if -node in offered and total > worth_more_than]
+        )
+        gain = sum([math.exp(tree.totals[node]) for node in chosen])
         return chosen if gain >= self.min_gain else []
 
     def finish(self, tree: GrowingTree) -> list[int]:
         """Keep the best nodes."""
-        return sorted(self._best(tree))
-
-    def _best(self, tree: GrowingTree) -> list[int]:
-        # Ties go to the older node, so a parent is never after its child.
-        order = sorted(range(len(tree.totals)), key=lambda node: (-tree.totals[node], node))
-        return order[: tree.budget.max_nodes + 1]
+        return [ROOT, *sorted([-node for _, node in tree.best])]

@@ -79,12 +79,8 @@ class Engine:
 
     @property
     def exactness(self) -> Exactness:
-        """How closely output follows plain decoding.
-
-        The arithmetic of a pass may depend on its shape, so nothing stronger than numerical is
-        claimed.
-        """
-        return Exactness.weakest(Exactness.NUMERICAL, self._parts.verifier.exactness)
+        """How closely output follows plain decoding, by the target's arithmetic and the rule."""
+        return Exactness.weakest(self._parts.target.info.exactness, self._parts.verifier.exactness)
 
     @property
     def num_unfinished(self) -> int:

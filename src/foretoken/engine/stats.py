@@ -57,9 +57,10 @@ class RequestStats:
         self.num_steps += 1
         self.num_tokens += len(sources)
         self.num_draft_tokens += num_draft_tokens
-        accepted = [source for source in sources if source]
-        self.num_accepted += len(accepted)
-        self.accepted_by.update(accepted)
+        for source in sources:
+            if source:
+                self.num_accepted += 1
+                self.accepted_by[source] += 1
         now_s = time.perf_counter()
         if self._first_token_s is None:
             self._first_token_s = now_s

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from foretoken.core.draft import Draft, merge_drafts
+from foretoken.core.ranking import argmax_ids
 from foretoken.core.verdict import Verdict
 from foretoken.drafters.base import DraftContext, Drafter
 from foretoken.engine.request import Emission
@@ -86,7 +87,9 @@ def verify(
     verifier: Verifier, works: Sequence[Work], drafts: Sequence[Draft], output: ForwardOutput
 ) -> list[Verdict | None]:
     """Return a verdict per work; None where the prompt goes on."""
-    argmax_ids = output.logits.argmax(dim=-1).tolist()  # the step's one wait for the device
+    is_argmax = any(work.budget is not None and work.request.sampler.is_argmax for work in works)
+    # The step's one wait for the device; samplers that need more look at the rows one by one.
+    largest_ids = argmax_ids(output.logits) if is_argmax else []
     verdicts: list[Verdict | None] = []
     start = 0
     for work, draft in zip(works, drafts, strict=True):
@@ -94,7 +97,7 @@ def verify(
             verdicts.append(None)
             continue
         stop = start + len(draft.tree)
-        rows = TargetRows(output.logits[start:stop], argmax_ids[start:stop])
+        rows = TargetRows(output.logits[start:stop], largest_ids[start:stop])
         request = work.request
         verdicts.append(verifier.verify(draft, rows, request.sampler, request.token_ids))
         start = stop

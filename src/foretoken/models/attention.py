@@ -10,15 +10,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from foretoken.errors import UnsupportedModelError
+from foretoken.models.attention_kernels import attend_layer
 from foretoken.models.batch import RaggedBatch
+from foretoken.models.cache import as_array
+from foretoken.models.threads import run_together
 
 IMPLEMENTATION = "foretoken"
 BATCH_KEYWORD = "ragged_batch"
+COMPILED_DTYPES = (torch.float32, torch.bfloat16)
+WORK_PER_THREAD = 4_000_000  # multiply-adds; waking another thread takes as long as some of them
 DECODER_HINT = "use a decoder-only model with standard attention, such as Llama, Qwen or Gemma"
 
 
@@ -145,6 +151,65 @@ class ReferenceAttention:
         output = output.view(num_segments, num_kv_heads, group, num_nodes, -1)
         output = output.permute(0, 3, 1, 2, 4).reshape(num_segments * num_nodes, num_heads, -1)
         return output if layout.unpad_rows is None else output[layout.unpad_rows]
+
+
+class CompiledAttention:
+    """Tree attention for CPU in compiled code, float32 and bfloat16.
+
+    Each row looks at its past in the order of positions, so the bits of its result depend neither
+    on where its ancestors lie nor on what else is in the batch.
+
+    Args:
+        batch: The rows of the pass; their keys and values go into its cache.
+    """
+
+    def __init__(self, batch: RaggedBatch) -> None:
+        self._batch = batch
+
+    def attend(self, call: AttentionCall) -> Tensor:
+        """Store the rows' keys and values, then let each row look at its ancestors."""
+        cache, (num_rows, num_heads, key_size) = self._batch.cache, call.query.shape
+        keys, values = cache.keys[call.layer], cache.values[call.layer]
+        num_kv_heads, value_size = values.shape[1:]
+        out = call.query.new_empty(num_rows, num_heads, value_size)
+        work = num_rows * num_heads * max(self._batch.num_keys) * (key_size + value_size)
+        arguments = (
+            self._batch.layout,
+            *(_flat(tensor) for tensor in (call.query, call.key, call.value)),
+            key_size,
+            value_size,
+            num_kv_heads,
+            _flat(keys),
+            _flat(values),
+            call.scaling,
+            call.window or 0,
+            call.softcap or 0.0,
+            _sinks(call.sinks, num_heads),
+            _flat(out),
+            np.zeros(2, np.int64),
+        )
+        num_threads = max(1, min(torch.get_num_threads(), work // WORK_PER_THREAD))
+        run_together(attend_layer, arguments, num_threads)
+        return out
+
+
+def _flat(tensor: Tensor) -> np.ndarray:
+    """Return a tensor as a flat array that shares its memory if it is contiguous."""
+    return as_array(tensor.reshape(-1))
+
+
+def _sinks(sinks: Tensor | None, num_heads: int) -> np.ndarray:
+    if sinks is None:
+        return np.full(num_heads, -np.inf, np.float32)
+    return sinks.float().numpy()
+
+
+def attention_for(batch: RaggedBatch) -> AttentionBackend:
+    """Return the fastest attention there is for a batch's device and dtype."""
+    pool = batch.cache.keys[0]
+    if pool.device.type == "cpu" and pool.dtype in COMPILED_DTYPES:
+        return CompiledAttention(batch)
+    return ReferenceAttention(batch)
 
 
 def _softmax_with_sinks(

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -30,6 +31,36 @@ class Segment:
     parents: Sequence[int]
 
 
+class Layout(NamedTuple):
+    """A batch as arrays of int64, which is what compiled code reads.
+
+    Attributes:
+        token_ids: [R].
+        positions: [R], absolute: cached positions plus depth.
+        new_slots: [R], where each row's key and value go.
+        row_starts: First row of each segment, and R at the end, [B + 1].
+        key_starts: The same for `slots`.
+        node_starts: The same for `parents` and `depths`.
+        num_cached: Cached positions of each segment's sequence, [B].
+        first_staged: Index of each segment's first row among the staged nodes, [B].
+        slots: For each segment, where its cached positions and then its staged nodes lie.
+        parents: For each segment, of all staged nodes; -1 is the last cached position.
+        depths: For each segment, of all staged nodes.
+    """
+
+    token_ids: np.ndarray
+    positions: np.ndarray
+    new_slots: np.ndarray
+    row_starts: np.ndarray
+    key_starts: np.ndarray
+    node_starts: np.ndarray
+    num_cached: np.ndarray
+    first_staged: np.ndarray
+    slots: np.ndarray
+    parents: np.ndarray
+    depths: np.ndarray
+
+
 class RaggedBatch:
     """Rows of several segments, laid out for one pass through a model.
 
@@ -40,12 +71,10 @@ class RaggedBatch:
         segments: At least one, each with at least one node.
 
     Attributes:
-        token_ids: [R] int64, segment after segment, nodes in the order given.
-        positions: [R] int64, absolute: cached positions plus depth.
-        slots: [R] int64, where each row's key and value go.
         starts: First row of each segment, and R at the end.
         lengths: Nodes of each segment.
         num_keys: Keys that each segment may see: cached and staged positions.
+        layout: Rows, segment after segment, nodes in the order given.
     """
 
     def __init__(self, cache: KVCache, segments: Sequence[Segment]) -> None:
@@ -53,20 +82,60 @@ class RaggedBatch:
         self.segments = segments
         self.lengths = [len(segment.token_ids) for segment in segments]
         self.starts = [0, *itertools.accumulate(self.lengths)]
+        self.num_keys: list[int] = []
         token_ids: list[int] = []
         positions: list[int] = []
-        slots = []
+        num_cached: list[int] = []
+        first_staged: list[int] = []
+        node_starts = [0]
+        parents: list[int] = []
+        depths: list[int] = []
+        new_slots, slots = [], []
         for segment, length in zip(segments, self.lengths, strict=True):
             sequence = segment.sequence
-            slots.append(cache.stage(sequence, segment.parents))
+            cache.stage(sequence, segment.parents)
+            cached, staged = sequence.num_cached, sequence.num_staged
             token_ids += segment.token_ids
-            positions += [sequence.num_cached + depth for depth in sequence.depths[-length:]]
-        self.num_keys = [
-            segment.sequence.num_cached + segment.sequence.num_staged for segment in segments
-        ]
-        self.token_ids = torch.tensor(token_ids, device=cache.device)
-        self.positions = torch.tensor(positions, device=cache.device)
-        self.slots = _tensor(slots[0] if len(slots) == 1 else np.concatenate(slots), cache.device)
+            positions += [cached + depth for depth in sequence.depths[-length:]]
+            parents += sequence.parents
+            depths += sequence.depths
+            slots.append(sequence.slot_of[: cached + staged])
+            new_slots.append(slots[-1][-length:])
+            num_cached.append(cached)
+            first_staged.append(staged - length)
+            node_starts.append(len(parents))
+            self.num_keys.append(cached + staged)
+        key_starts = [0, *itertools.accumulate(self.num_keys)]
+        self.layout = Layout(
+            new_slots=_joined(new_slots),
+            slots=_joined(slots),
+            **_arrays(
+                token_ids=token_ids,
+                positions=positions,
+                row_starts=self.starts,
+                key_starts=key_starts,
+                node_starts=node_starts,
+                num_cached=num_cached,
+                first_staged=first_staged,
+                parents=parents,
+                depths=depths,
+            ),
+        )
+
+    @cached_property
+    def token_ids(self) -> Tensor:
+        """Token id of each row, [R] int64."""
+        return _tensor(self.layout.token_ids, self.cache.device)
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """Absolute position of each row, [R] int64."""
+        return _tensor(self.layout.positions, self.cache.device)
+
+    @cached_property
+    def slots(self) -> Tensor:
+        """Where each row's key and value go, [R] int64."""
+        return _tensor(self.layout.new_slots, self.cache.device)
 
     @cached_property
     def reference(self) -> ReferenceLayout:
@@ -171,6 +240,20 @@ def _mark_ancestors(mask: np.ndarray, parents: Sequence[int], first: int) -> Non
                 mask[row, parent] = True
                 parent = parents[parent]
         mask[row, node] = True
+
+
+def _arrays(**lists: list[int]) -> dict[str, np.ndarray]:
+    """Return arrays of some lists; making one and cutting it costs less than making each."""
+    whole = np.array([*itertools.chain.from_iterable(lists.values())])
+    stops = itertools.accumulate(map(len, lists.values()))
+    return {
+        name: whole[stop - len(values) : stop]
+        for (name, values), stop in zip(lists.items(), stops, strict=True)
+    }
+
+
+def _joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
 def _tensor(array: np.ndarray, device: torch.device) -> Tensor:

@@ -62,6 +62,14 @@ class CachedSequence:
         return len(self.parents)
 
 
+def as_array(tensor: Tensor) -> np.ndarray:
+    """Return a CPU tensor's memory as an array; bfloat16, which numpy lacks, as uint16."""
+    array: np.ndarray = (
+        tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor
+    ).numpy()
+    return array
+
+
 class KVCache:
     """Keys and values of all sequences of one model, in blocks of `BLOCK_SIZE` positions.
 
@@ -71,6 +79,12 @@ class KVCache:
             lowest first, so resident memory follows the highest load, not the capacity.
         dtype: Of keys and values.
         device: Where they live.
+
+    Attributes:
+        keys: Of each layer, [slots, H, D].
+        values: The same.
+        flat_pools: On CPU, flat views for compiled code, bfloat16 as uint16: keys and values of
+            the layers of one shape, [L, slots, H, D] each, then those of the next shape.
     """
 
     def __init__(
@@ -100,6 +114,9 @@ class KVCache:
             values.update(zip(indices, value_pool, strict=True))
         self.keys = [keys[index] for index in range(len(layers))]  # each [slots, H, D]
         self.values = [values[index] for index in range(len(layers))]
+        # On CPU, what compiled code reads and what numpy moves with less ado than torch.
+        self._arrays = [as_array(pool) for pool in self._pools] if device.type == "cpu" else []
+        self.flat_pools = [array.reshape(-1) for array in self._arrays]
         self._free = list(range(num_blocks))  # a heap: lowest first
         self._references = [0] * num_blocks
         self._sequences: set[CachedSequence] = set()
@@ -267,6 +284,10 @@ class KVCache:
                 heapq.heappush(self._free, block)
 
     def _move(self, sources: np.ndarray, targets: np.ndarray) -> None:
+        if self._arrays:
+            for array in self._arrays:
+                array[:, targets] = array[:, sources]
+            return
         source, target = (
             torch.from_numpy(slots).to(self.device, non_blocking=True)
             for slots in (sources, targets)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
-
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from foretoken.errors import ModelError, VocabularyMismatchError
 from foretoken.models.adapter import LanguageModel
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+GENERAL_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "spiece*")
 
 
@@ -31,7 +35,7 @@ class Tokenizer:
             return None
         source = str(directory) if directory.is_dir() else path
         try:
-            return cls(AutoTokenizer.from_pretrained(source))
+            return cls(_tokenizer_class(directory).from_pretrained(source))
         except Exception as error:  # the tokenizers library raises bare Exception
             raise ModelError(
                 f"the tokenizer of {path!r} cannot be loaded: {' '.join(str(error).split())[:300]}",
@@ -51,6 +55,26 @@ class Tokenizer:
     def vocabulary(self) -> dict[str, int]:
         """Every token text and its id."""
         return dict(self._tokenizer.get_vocab())
+
+
+def _tokenizer_class(directory: Path) -> Any:
+    """Return the class that loads a directory's tokenizer.
+
+    One that is all in tokenizer.json needs no class of its own; finding out through transformers
+    costs more than a second of imports.
+    """
+    try:
+        config = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
+        is_general = config.get("tokenizer_class") in GENERAL_CLASSES
+    except (OSError, ValueError, AttributeError):
+        is_general = False
+    if is_general and (directory / "tokenizer.json").is_file():
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer
 
 
 def check_same_vocabulary(

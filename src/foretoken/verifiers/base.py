@@ -18,7 +18,7 @@ class TargetRows:
     Args:
         logits: One row per node in node order, [N, V].
         argmax_ids: The largest entry of each row, ties to the lowest id, [N]; computed for the
-            whole step at once, because most requests need nothing else.
+            whole step at once, because most requests need nothing else. Empty if none needs it.
     """
 
     __slots__ = ("argmax_ids", "logits")

@@ -1,0 +1,122 @@
+"""Foretoken itself as a system under test."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from foretoken import __version__
+from foretoken.bench.instrument import timed_phases
+from foretoken.bench.memory import memory, reset_peak_memory
+from foretoken.bench.peers.base import PeerOutput
+from foretoken.bench.systems import HostInfo, Task, Turn, units
+from foretoken.core.params import SamplingParams
+from foretoken.engine.llm import LLM, RequestOutput
+from foretoken.models.quiet import silence_libraries
+
+KV_SLACK_TOKENS = 512  # room for trees, unfilled blocks and the like, per request
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForetokenSpec:
+    """One setting of Foretoken.
+
+    Args:
+        model: Directory, hub id or embedded name.
+        drafter: Spec of a drafter, or "none".
+        max_nodes: Most draft tokens per request and step.
+        dtype: As the user gave it.
+        device: As the user gave it.
+        threads: CPU threads.
+        max_batch: Most requests at once.
+        max_tokens: Longest prompt and output together.
+    """
+
+    model: str
+    drafter: str
+    max_nodes: int
+    dtype: str
+    device: str
+    threads: int
+    max_batch: int
+    max_tokens: int
+
+
+class ForetokenHost:
+    """Foretoken itself, with the time of its parts taken from outside.
+
+    Args:
+        spec: What to load.
+    """
+
+    def __init__(self, spec: ForetokenSpec) -> None:
+        silence_libraries()
+        # The cache is as large as the work needs, not as the memory allows: several systems
+        # share the machine, and the memory that each takes is a result.
+        tokens = spec.max_batch * (spec.max_tokens + spec.max_nodes + KV_SLACK_TOKENS)
+        self._llm = LLM(
+            spec.model,
+            drafters=spec.drafter,
+            max_nodes=spec.max_nodes,
+            dtype=spec.dtype,
+            device=spec.device,
+            threads=spec.threads,
+            max_requests=spec.max_batch,
+            kv_cache_tokens=tokens,
+        )
+        info = self._llm.info
+        self.info = HostInfo(
+            version=f"foretoken {__version__}",
+            dtype=str(info.dtype).removeprefix("torch."),
+            context_limit=info.context_limit,
+            num_parameters=info.num_parameters,
+            exactness=self._llm.engine.exactness.value,
+        )
+
+    def run(self, tasks: Sequence[Task], *, batch_size: int, speculative: bool) -> Turn:
+        """Continue all tasks, with the engine's parts timed."""
+        drafters = None if speculative else ()
+        reset_peak_memory()
+        outputs: list[PeerOutput] = []
+        unit_s = []
+        with timed_phases(self._llm) as phases:
+            for unit in units(tasks, batch_size):
+                start_s = time.perf_counter()
+                done = self._llm.generate(
+                    [list(task.prompt_ids) for task in unit],
+                    [_params(task) for task in unit],
+                    drafters=drafters,
+                )
+                seconds = time.perf_counter() - start_s
+                unit_s.append(seconds)
+                outputs += [_as_output(output, seconds) for output in done]
+        return Turn(outputs=outputs, unit_s=unit_s, phases=phases, memory=memory())
+
+    def close(self) -> None:
+        """Forget the model; its memory goes with the last reference."""
+        del self._llm
+
+
+def _params(task: Task) -> SamplingParams:
+    return SamplingParams(
+        temperature=task.temperature,
+        seed=task.seed,
+        max_new_tokens=task.max_new_tokens,
+        ignore_eos=True,
+    )
+
+
+def _as_output(output: RequestOutput, seconds: float) -> PeerOutput:
+    stats = output.stats
+    return PeerOutput(
+        token_ids=list(output.token_ids),
+        seconds=seconds,
+        prefill_s=stats.prefill_s,
+        num_steps=stats.num_steps,
+        num_draft_tokens=stats.num_draft_tokens,
+        num_accepted=stats.num_accepted,
+    )
+
+
+__all__ = ["ForetokenHost", "ForetokenSpec"]

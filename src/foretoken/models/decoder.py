@@ -1,0 +1,147 @@
+"""Plain decoders (Llama, Mistral, Qwen 2 and 3) as one compiled function, straight from the files.
+
+Going through transformers' modules costs about half a millisecond per layer and pass whatever
+the layer's size; a draft model of a million parameters is nothing but that. Here a pass is one
+call, weights go from the checkpoint into packed matrices without a copy in between, and every row's
+arithmetic is the same however many rows share the pass. Other architectures go through
+transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from foretoken.models.adapter import ForwardOutput
+from foretoken.models.batch import RaggedBatch
+from foretoken.models.decoder_kernels import (
+    COUNTERS_PER_LAYER,
+    OTHER_COUNTERS,
+    Shape,
+    Weights,
+    run_pass,
+)
+from foretoken.models.kernels import padded
+from foretoken.models.products import PANEL
+from foretoken.models.threads import run_together
+
+# A second thread has to be woken for each pass, which takes longer than a small pass does.
+BYTES_PER_THREAD = 24 << 20
+
+
+class RotaryTable:
+    """Cosines and sines of every position so far, computed as transformers does.
+
+    Args:
+        frequencies: [rotary_dim / 2] float32.
+        factor: Of cosines and sines.
+    """
+
+    def __init__(self, frequencies: Tensor, factor: float) -> None:
+        self._frequencies = frequencies.float()
+        self._factor = factor
+        self._num_positions = 0
+        self._table = np.empty(0, np.float32)
+
+    def upto(self, num_positions: int) -> np.ndarray:
+        """Return the table of at least so many positions: cosines, then sines, of each; flat."""
+        if num_positions > self._num_positions:
+            self._num_positions = max(1024, 2 * num_positions)
+            angles = torch.arange(self._num_positions).float()[:, None] * self._frequencies
+            both = torch.cat((angles.cos(), angles.sin()), dim=1) * self._factor
+            self._table = both.view(-1).numpy()
+        return self._table
+
+
+class CompiledDecoder:
+    """A plain decoder that scores ragged batches of token trees on CPU.
+
+    Args:
+        shape: Its sizes.
+        weights: Its parameters.
+        rotary: Its position encoding.
+    """
+
+    def __init__(self, shape: Shape, weights: Weights, rotary: RotaryTable) -> None:
+        self._shape = shape
+        self._weights = weights
+        self._rotary = rotary
+        self._bytes: int = sum(array.nbytes for array in weights)
+        self._num_layers = len(weights.windows)
+        self._no_hidden = (
+            np.full(self._num_layers + 1, -1),
+            np.empty((0, 0, shape.hidden), np.float32),
+        )
+        self._buffers: tuple[np.ndarray, ...] = ()
+        self._num_buffered = 0
+
+    def forward(
+        self, batch: RaggedBatch, rows: Sequence[int], hidden_layers: Sequence[int]
+    ) -> ForwardOutput:
+        """Run one pass; logits and hidden states are float32."""
+        vocab_size = self._shape.vocab
+        num_padded = padded(vocab_size, PANEL)
+        logits = np.empty((len(rows), num_padded), np.float32)
+        keys, values = batch.cache.flat_pools
+        num_counters = self._num_layers * COUNTERS_PER_LAYER + OTHER_COUNTERS
+        hidden_index, hidden = self._room_for_hidden(hidden_layers, batch.num_rows)
+        arguments = (
+            self._shape,
+            self._weights,
+            batch.layout,
+            np.array(rows, np.int64),
+            keys,
+            values,
+            self._rotary.upto(max(batch.num_keys)),
+            self._room_for(batch.num_rows),
+            logits.reshape(-1),
+            hidden_index,
+            hidden,
+            np.zeros(num_counters, np.int64),
+        )
+        run_together(run_pass, arguments, self._num_threads(batch.num_rows))
+        return ForwardOutput(
+            logits=torch.from_numpy(logits)[:, :vocab_size],
+            hidden={
+                layer: torch.from_numpy(hidden[index]) for index, layer in enumerate(hidden_layers)
+            },
+        )
+
+    def _room_for_hidden(
+        self, layers: Sequence[int], num_rows: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return where each layer's states go, [L + 1], and room for those wanted."""
+        if not layers:
+            return self._no_hidden
+        index = np.full(self._num_layers + 1, -1)
+        for place, layer in enumerate(layers):
+            index[layer] = place
+        return index, np.empty((len(layers), num_rows, self._shape.hidden), np.float32)
+
+    def _num_threads(self, num_rows: int) -> int:
+        limit = torch.get_num_threads()
+        return max(1, min(limit, self._bytes * max(1, num_rows // 8) // BYTES_PER_THREAD))
+
+    def _room_for(self, num_rows: int) -> tuple[np.ndarray, ...]:
+        """Return what the parts of a layer hand on, with room for so many rows."""
+        if num_rows > self._num_buffered:
+            shape = self._shape
+            q_size = shape.heads * shape.head_dim
+            qkv_size = q_size + 2 * shape.kv_heads * shape.head_dim
+            inner = padded(shape.intermediate)
+            stream = padded(shape.hidden, PANEL)
+            # What is multiplied has the type of the matrices; sums are float32. Padding stays 0.
+            kind = self._weights.head.dtype
+            self._buffers = (
+                np.zeros(num_rows * stream, np.float32),
+                np.zeros(num_rows * padded(qkv_size, PANEL), np.float32),
+                np.zeros(num_rows * q_size + 1, kind),
+                np.zeros(num_rows * stream, np.float32),
+                np.zeros(num_rows * 2 * inner, np.float32),
+                np.zeros(num_rows * inner, kind),
+            )
+            self._num_buffered = num_rows
+        return self._buffers

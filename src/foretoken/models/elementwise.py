@@ -1,0 +1,69 @@
+"""Activations whose bits do not depend on how many rows share the pass.
+
+Torch computes elementwise functions a few vectors at a time and the rest one by one, with another
+approximation of exp that differs in the last bit. Where the rest begins depends on the number of
+elements and on how threads share them. Filled up to whole vectors for every thread, there is none.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2CLS
+
+# Two vectors of 64 bytes in the narrowest type: what torch's loops take at a time, at most.
+ELEMENTS_AT_A_TIME = 64
+# Torch gives each thread at least so many elements.
+ELEMENTS_PER_THREAD = 32768
+_OF_TRANSFORMERS = tuple(
+    entry[0] if isinstance(entry, tuple) else entry for entry in ACT2CLS.values()
+)
+_OF_TORCH = (nn.SiLU, nn.GELU, nn.Tanh, nn.Sigmoid, nn.Mish, nn.Softplus, nn.ELU, nn.Hardswish)
+_EXACT = (nn.Identity, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU)
+ACTIVATIONS = tuple(
+    kind for kind in (*_OF_TRANSFORMERS, *_OF_TORCH) if not issubclass(kind, _EXACT)
+)
+
+
+def whole(num_elements: int, *, multiple_of: int = 1, num_threads: int | None = None) -> int:
+    """Return the next number of elements that leaves no thread a rest.
+
+    Args:
+        num_elements: How many there are.
+        multiple_of: What the result has to be a multiple of besides, such as a row.
+        num_threads: Threads of torch; those it has now if None.
+    """
+    num_threads = num_threads or torch.get_num_threads()
+    rows = -(-num_elements // multiple_of)
+    while rows * multiple_of % (ELEMENTS_AT_A_TIME * _sharers(rows * multiple_of, num_threads)):
+        rows += 1
+    return rows * multiple_of
+
+
+def _sharers(num_elements: int, num_threads: int) -> int:
+    """Return among how many threads torch shares an elementwise operation."""
+    return max(1, min(num_threads, -(-num_elements // ELEMENTS_PER_THREAD)))
+
+
+class InvariantActivation(nn.Module):
+    """An elementwise function that gives an element the same bits wherever it stands.
+
+    Args:
+        function: One of `ACTIVATIONS`.
+    """
+
+    def __init__(self, function: nn.Module) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the function of each element."""
+        num_elements = x.numel()
+        num_filled = whole(num_elements)
+        if num_filled == num_elements:
+            result: Tensor = self.function(x.contiguous())
+            return result
+        filled = x.new_zeros(num_filled)
+        filled[:num_elements].view(x.shape).copy_(x)
+        result = self.function(filled)
+        return result[:num_elements].view(x.shape)

@@ -1,0 +1,183 @@
+"""Compiled building blocks of a forward pass; the bits of a row depend on that row alone.
+
+Every sum has one order: products over the inner dimension ascending, attention over the positions
+of the row's own past ascending (cached positions, then its ancestors by depth, wherever they lie),
+everything else in sixteen lanes that are added by halves. How many rows share a call, which thread
+computes them and where they lie in memory changes nothing.
+
+Matrices are packed by `pack`: panels of 16 columns, each `depth` times 16 numbers.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from foretoken.core.jit import jit
+from foretoken.models import llvm, simd
+from foretoken.models.products import CACHE_LINE, PANEL, block_product
+
+LANES = llvm.LANES
+
+
+def padded(count: int, multiple: int = LANES) -> int:
+    """Return the next multiple."""
+    return -(-count // multiple) * multiple
+
+
+def packed_shape(num_columns: int, depth: int) -> tuple[int, int, int]:
+    """Return the shape that `pack` fills: panels, rows of a panel, columns of a panel."""
+    return -(-num_columns // PANEL), padded(depth, 2), PANEL
+
+
+def pack(weight: np.ndarray, out: np.ndarray) -> None:
+    """Write a matrix into panels of 32 columns.
+
+    Args:
+        weight: [columns, depth], as `nn.Linear` keeps it: float32, or bfloat16 as uint16.
+        out: Zeros of `packed_shape`, of the same type. In bfloat16 the rows of a panel lie two by
+            two: [panels, depth / 2, 32, 2] in memory.
+    """
+    num_columns, depth = weight.shape
+    num_full = num_columns // PANEL
+    full = weight[: num_full * PANEL].reshape(num_full, PANEL, depth)
+    rest = weight[num_full * PANEL :]
+    if weight.dtype == np.uint16:
+        parts = [(out.reshape(len(out), -1, PANEL, 2)[..., i], slice(i, None, 2)) for i in (0, 1)]
+    else:
+        parts = [(out, slice(None))]
+    for view, rows in parts:
+        columns = full[..., rows].transpose(0, 2, 1)
+        view[:num_full, : columns.shape[1]] = columns
+        if len(rest):
+            view[num_full, : columns.shape[1], : len(rest)] = rest[:, rows].T
+
+
+# -- linear layers -------------------------------------------------------------------------------
+
+
+@jit
+def panels_per_task(num_rows):
+    """Return how many panels to multiply at a time: of one row, more, to keep loads in flight."""
+    return 4 if num_rows == 1 else 1
+
+
+@jit
+def multiply(x, x_stride, num_rows, w, base, panel, stop, following, depth, out, stride):
+    """Multiply rows with the panels [panel, stop) of a matrix, at most `panels_per_task`.
+
+    Rows are taken in blocks of at most 8, as even as possible: a row alone would keep the processor
+    waiting for each of its sums. The panel that comes next is fetched meanwhile.
+
+    Args:
+        base: Where in `w` the matrix begins.
+        following: Panel that this thread multiplies next.
+        out: Flat rows of all panels, `stride` apart.
+    """
+    w_offset, next_offset = base + panel * depth * PANEL, base + following * depth * PANEL
+    if num_rows == 1:
+        _multiply_one(x, w, w_offset, stop - panel, depth, out, panel * PANEL)
+        return
+    out_offset = panel * PANEL
+    num_blocks = (num_rows + 7) // 8
+    line = CACHE_LINE // w.itemsize
+    row = 0
+    for block in range(num_blocks):
+        stop = num_rows * (block + 1) // num_blocks
+        at, to, fetch = row * x_stride, out_offset + row * stride, next_offset + block % 2 * line
+        count = stop - row  # which has to be a literal
+        if count == 8:
+            block_product(8, 1, x, at, x_stride, w, w_offset, fetch, depth, out, to, stride)
+        elif count == 7:
+            block_product(7, 1, x, at, x_stride, w, w_offset, fetch, depth, out, to, stride)
+        elif count == 6:
+            block_product(6, 1, x, at, x_stride, w, w_offset, fetch, depth, out, to, stride)
+        elif count == 5:
+            block_product(5, 1, x, at, x_stride, w, w_offset, fetch, depth, out, to, stride)
+        elif count == 4:
+            block_product(4, 1, x, at, x_stride, w, w_offset, fetch, depth, out, to, stride)
+        elif count == 3:
+            block_product(3, 1, x, at, x_stride, w, w_offset, fetch, depth, out, to, stride)
+        else:
+            block_product(2, 1, x, at, x_stride, w, w_offset, fetch, depth, out, to, stride)
+        row = stop
+
+
+@jit
+def _multiply_one(x, w, w_offset, num_panels, depth, out, out_offset):
+    """Multiply one row with 4 panels, or with fewer at the end of a matrix."""
+    if num_panels == 4:
+        block_product(1, 4, x, 0, 0, w, w_offset, w_offset, depth, out, out_offset, 0)
+    else:
+        for panel in range(num_panels):
+            at, to = w_offset + panel * depth * PANEL, out_offset + panel * PANEL
+            block_product(1, 1, x, 0, 0, w, at, at, depth, out, to, 0)
+
+
+# -- rows ----------------------------------------------------------------------------------------
+
+
+@jit
+def rms_norm(x, x_offset, size, weight, weight_offset, epsilon, out, out_offset):
+    """Write x / sqrt(mean(x^2) + epsilon) * weight for one row."""
+    squares = simd.splat(np.float32(0))
+    num_full = size // LANES * LANES
+    for i in range(0, num_full, LANES):
+        v = simd.load(x, x_offset + i)
+        squares = simd.fma(v, v, squares)
+    rest = size - num_full
+    if rest:
+        v = simd.load_first(x, x_offset + num_full, rest)
+        squares = simd.fma(v, v, squares)
+    mean = simd.total(squares) / np.float32(size)
+    scale = simd.splat(np.float32(1) / np.float32(math.sqrt(mean + np.float32(epsilon))))
+    for i in range(0, num_full, LANES):
+        v = simd.multiply(simd.load(x, x_offset + i), scale)
+        simd.store(out, out_offset + i, simd.multiply(v, simd.load(weight, weight_offset + i)))
+    if rest:
+        v = simd.multiply(simd.load_first(x, x_offset + num_full, rest), scale)
+        w = simd.load_first(weight, weight_offset + num_full, rest)
+        simd.store_first(out, out_offset + num_full, simd.multiply(v, w), rest)
+
+
+@jit
+def silu_times(gate, gate_offset, up, up_offset, out, out_offset):
+    """Write silu(gate) * up for 16 numbers."""
+    one = simd.splat(np.float32(1))
+    g = simd.load(gate, gate_offset)
+    sigmoid_below = simd.add(one, simd.exp(simd.multiply(g, simd.splat(np.float32(-1)))))
+    value = simd.multiply(simd.divide(g, sigmoid_below), simd.load(up, up_offset))
+    simd.store(out, out_offset, value)
+
+
+@jit
+def rotate(x, x_offset, half, table, table_offset):
+    """Apply a rotary embedding in place to 2 * half numbers; pairs lie `half` apart.
+
+    Args:
+        table: For each position `half` cosines, then `half` sines.
+    """
+    for i in range(half):
+        c, s = table[table_offset + i], table[table_offset + half + i]
+        a, b = x[x_offset + i], x[x_offset + half + i]
+        x[x_offset + i] = a * c - b * s
+        x[x_offset + half + i] = b * c + a * s
+
+
+@jit
+def copy_row(x, x_offset, size, out, out_offset):
+    """Copy numbers from one array into another, which may hold another type."""
+    num_full = size // LANES * LANES
+    for i in range(0, num_full, LANES):
+        simd.store(out, out_offset + i, simd.load(x, x_offset + i))
+    if size > num_full:
+        rest = size - num_full
+        last = simd.load_first(x, x_offset + num_full, rest)
+        simd.store_first(out, out_offset + num_full, last, rest)
+
+
+@jit
+def round_up(count, multiple):
+    """Return the next multiple, inside compiled code."""
+    return (count + multiple - 1) // multiple * multiple
