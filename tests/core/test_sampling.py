@@ -20,7 +20,13 @@ from transformers import (
 from foretoken.core import sampling
 from foretoken.core.noise import gumbel_noise
 from foretoken.core.params import SamplingParams
-from foretoken.core.sampling import Sampler, build_processors, build_warpers
+from foretoken.core.sampling import (
+    Frontier,
+    Sampler,
+    best_guesses,
+    build_processors,
+    build_warpers,
+)
 from tests.goodness import FALSE_FAILURE, fit_probability
 
 VOCAB_SIZE = 40
@@ -323,3 +329,33 @@ def test_almost_greedy_is_greedy():
     lead = (logits.topk(2).values[0] - logits.topk(2).values[1]).item()
     assert lead / 1e-4 > -math.log(1e-20)
     assert Sampler(params, 7, 1).choose(logits, [1]) == logits.argmax()
+
+
+# -- guesses of drafters -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "names", [["greedy", "plain", "hot"], list(SETTINGS)], ids=["plain", "all"]
+)
+@settings(max_examples=10)
+@given(SEEDS, st.integers(0, 2), st.lists(st.integers(1, 3), min_size=8, max_size=8), DTYPES)
+def test_guesses_are_ranked_by_the_race_of_each_request(names, seed, depth, counts, dtype):
+    """Requests with and without noise and controls in one call, each as if it were alone."""
+    frontiers, expected = [], []
+    logits = random_logits(seed, dtype, (sum(counts), VOCAB_SIZE))
+    start = 0
+    for index, count in enumerate(counts):
+        params = SETTINGS[names[(seed + index) % len(names)]]
+        sampler = Sampler(params, seed + index, len(PROMPT_IDS))
+        history = PROMPT_IDS + OUTPUT_IDS[:index]
+        paths = [tuple((row + step) % VOCAB_SIZE for step in range(depth)) for row in range(count)]
+        frontiers.append(Frontier(sampler, history, paths))
+        scores = sampler.race_scores(logits[start : start + count], history, paths)
+        expected += scores.double().sort(dim=-1, descending=True, stable=True).indices.tolist()
+        start += count
+    token_ids, logprobs = best_guesses(logits, frontiers, 3, 0.5)
+    for found, order, values in zip(token_ids, expected, logprobs, strict=True):
+        assert found == order[: len(found)]
+        assert len(values) == len(found) >= 1
+        assert values == sorted(values, reverse=True)
+        assert values[0] <= 1e-3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -224,11 +225,12 @@ class TokenTree:
         """
         if self.num_draft_tokens <= max_draft_tokens:
             return list(range(len(self)))
-        kept = {ROOT}
-        frontier = {child: scores[child] for child in self.children[ROOT]}
+        kept = [ROOT]
+        frontier = [(-scores[child], child) for child in self.children[ROOT]]
+        heapq.heapify(frontier)
         while frontier and len(kept) <= max_draft_tokens:
-            best = min(frontier, key=lambda node: (-frontier[node], node))
-            del frontier[best]
-            kept.add(best)
-            frontier.update((child, scores[child]) for child in self.children[best])
+            _, best = heapq.heappop(frontier)
+            kept.append(best)
+            for child in self.children[best]:
+                heapq.heappush(frontier, (-scores[child], child))
         return sorted(kept)

@@ -14,10 +14,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from foretoken.errors import ModelError
-from foretoken.models.cache import LayerShape
+from foretoken.models.cache import LayerShape, as_array
 from foretoken.models.decoder import CompiledDecoder, RotaryTable
 from foretoken.models.decoder_kernels import Shape, Weights
-from foretoken.models.kernels import LANES, pack, packed_shape, padded
+from foretoken.models.kernels import LANES, is_finite, pack, packed_shape, padded
 from foretoken.models.products import PANEL
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -119,15 +119,13 @@ class _Reader:
                 hint="check that config.json and the weights are of one model",
             )
         tensor = tensor.to(self._dtype if tensor.dim() > 1 else torch.float32)
-        if not tensor.isfinite().all():
+        self.num_parameters += tensor.numel()
+        array = as_array(tensor.contiguous())
+        if not is_finite(array):
             raise ModelError(
                 f"{where} holds NaN or infinite numbers",
                 hint="the checkpoint is broken; fetch or train it again, or try dtype=float32",
             )
-        self.num_parameters += tensor.numel()
-        if tensor.dtype == torch.bfloat16:
-            tensor = tensor.view(torch.uint16)
-        array: np.ndarray = tensor.contiguous().numpy()
         return array
 
 

@@ -39,19 +39,52 @@ def pack(weight: np.ndarray, out: np.ndarray) -> None:
         out: Zeros of `packed_shape`, of the same type. In bfloat16 the rows of a panel lie two by
             two: [panels, depth / 2, 32, 2] in memory.
     """
-    num_columns, depth = weight.shape
-    num_full = num_columns // PANEL
-    full = weight[: num_full * PANEL].reshape(num_full, PANEL, depth)
-    rest = weight[num_full * PANEL :]
+    weight = np.ascontiguousarray(weight)
     if weight.dtype == np.uint16:
-        parts = [(out.reshape(len(out), -1, PANEL, 2)[..., i], slice(i, None, 2)) for i in (0, 1)]
+        _pack_pairs(weight, out.reshape(len(out), -1, PANEL, 2))
     else:
-        parts = [(out, slice(None))]
-    for view, rows in parts:
-        columns = full[..., rows].transpose(0, 2, 1)
-        view[:num_full, : columns.shape[1]] = columns
-        if len(rest):
-            view[num_full, : columns.shape[1], : len(rest)] = rest[:, rows].T
+        _pack_singles(weight, out)
+
+
+@jit
+def _pack_singles(weight, out):
+    """Write [columns, depth] as [panels, depth, 32]."""
+    num_columns, depth = weight.shape
+    for panel in range(len(out)):
+        last = min(PANEL, num_columns - panel * PANEL)
+        for first in range(0, depth, LANES):  # a cache line of every column at a time
+            for k in range(first, min(first + LANES, depth)):
+                for column in range(last):
+                    out[panel, k, column] = weight[panel * PANEL + column, k]
+
+
+@jit
+def _pack_pairs(weight, out):
+    """Write [columns, depth] as [panels, depth / 2, 32, 2]."""
+    num_columns, depth = weight.shape
+    for panel in range(len(out)):
+        last = min(PANEL, num_columns - panel * PANEL)
+        for first in range(0, depth, 2 * LANES):
+            for k in range(first, min(first + 2 * LANES, depth)):
+                for column in range(last):
+                    out[panel, k >> 1, column, k & 1] = weight[panel * PANEL + column, k]
+
+
+def is_finite(array: np.ndarray) -> bool:
+    """Whether an array, float32 or bfloat16 as uint16, holds neither NaN nor infinity."""
+    flat = array.reshape(-1)
+    if flat.dtype == np.uint16:
+        return not _has_all_ones(flat, np.uint16(0x7F80))
+    return not _has_all_ones(flat.view(np.uint32), np.uint32(0x7F800000))
+
+
+@jit
+def _has_all_ones(bits, exponent):
+    """Whether all bits of the exponent are set somewhere."""
+    found = False
+    for i in range(len(bits)):
+        found |= (bits[i] & exponent) == exponent
+    return found
 
 
 # -- linear layers -------------------------------------------------------------------------------
