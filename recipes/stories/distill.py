@@ -21,7 +21,7 @@ class DistillSettings:
     sampled_tokens: int = 200_000
     temperatures: tuple[float, ...] = (0.0, 0.0, 0.5, 0.7, 1.0)
     kept: int = 32
-    epochs: float = 4.5
+    epochs: float = 10.0
     batch_tokens: int = 2048
     muon_rate: float = 0.02
     adam_rate: float = 0.005

@@ -12,11 +12,11 @@ TARGET = {
     "head_dim": 32,
 }
 DRAFT = {
-    "hidden_size": 192,
+    "hidden_size": 128,
     "num_hidden_layers": 1,
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
-    "intermediate_size": 432,
+    "intermediate_size": 288,
     "head_dim": 32,
 }
 

@@ -18,7 +18,8 @@ from foretoken.models.batch import Segment
 from foretoken.models.decoder import CompiledDecoder, RotaryTable
 from foretoken.models.decoder_config import is_plain_decoder, read_plain_config
 from foretoken.models.loading import load_config, load_model
-from tests.fakes import CONTEXT_LIMIT, VOCAB_SIZE, WINDOW, build_module, random_parents, tiny_config
+from tests.bits import Player, plain_logits
+from tests.fakes import CONTEXT_LIMIT, VOCAB_SIZE, WINDOW, build_module, tiny_config
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 LLAMA3 = {
@@ -156,64 +157,6 @@ def test_model_knows_its_numbers(saved):
 # -- the same bits ---------------------------------------------------------------------------
 
 
-class Player:
-    """Feeds random trees of several sequences and compares every row with plain decoding."""
-
-    def __init__(self, model, seed, num_sequences=2):
-        self.random = random.Random(seed)
-        self.model = model
-        self.cache = model.new_cache(300 * num_sequences)
-        self.pasts = [[] for _ in range(num_sequences)]
-        self.sequences = [self.cache.open() for _ in range(num_sequences)]
-        self.seen = []  # (token ids up to and with the row's, logits)
-
-    def play(self, num_steps):
-        for step in range(num_steps):
-            chosen = self.random.sample(range(len(self.pasts)), self.random.randint(1, 2))
-            shapes = [
-                list(range(-1, self.random.randint(1, 20)))
-                if step == 0
-                else random_parents(self.random, self.random.randint(1, 12))
-                for _ in chosen
-            ]
-            ids = [[self.random.randrange(VOCAB_SIZE) for _ in shape] for shape in shapes]
-            with self.cache.speculate([self.sequences[i] for i in chosen]):
-                segments = [
-                    Segment(self.sequences[i], tokens, parents)
-                    for i, tokens, parents in zip(chosen, ids, shapes, strict=True)
-                ]
-                batch = self.model.batch(self.cache, segments)
-                logits = self.model.forward(batch, range(batch.num_rows)).logits
-                kept, row = [], 0
-                for i, tokens, parents in zip(chosen, ids, shapes, strict=True):
-                    paths = []
-                    for node, parent in enumerate(parents):
-                        paths.append([*(paths[parent] if parent >= 0 else []), node])
-                        path_ids = [tokens[step] for step in paths[node]]
-                        self.seen.append(([*self.pasts[i], *path_ids], logits[row + node]))
-                    row += len(tokens)
-                    path = paths[-1] if step == 0 else self.random.choice([[], *paths])
-                    kept.append((self.sequences[i], path))
-                    self.pasts[i] += [tokens[step] for step in path]
-                self.cache.commit(kept)
-
-    def check(self):
-        for token_ids, logits in self.seen:
-            expected = plain_logits(self.model, token_ids)
-            assert torch.equal(logits, expected), (token_ids, (logits - expected).abs().max())
-
-
-def plain_logits(model, token_ids):
-    """Return the logits after the last token, one token fed at a time."""
-    cache = model.new_cache(len(token_ids))
-    sequence = cache.open()
-    for token_id in token_ids:
-        batch = model.batch(cache, [Segment(sequence, [token_id], [-1])])
-        logits = model.forward(batch, [0]).logits[0]
-        cache.commit([(sequence, [0])])
-    return logits
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_node_has_the_bits_of_plain_decoding(saved, variant, dtype):
@@ -244,7 +187,8 @@ def test_threads_change_no_bit(saved, dtype, monkeypatch):
 def test_long_prompt_in_one_pass_has_the_bits_of_plain_decoding(saved):
     model = load_model(str(saved("llama")[0]))
     token_ids = some_ids(CONTEXT_LIMIT)
-    assert torch.equal(chain_output(model, token_ids).logits[-1], plain_logits(model, token_ids))
+    [expected] = plain_logits(model, [(token_ids, None)])
+    assert torch.equal(chain_output(model, token_ids).logits[-1], expected)
 
 
 def test_denormals_change_nothing_between_one_row_and_many(tmp_path):

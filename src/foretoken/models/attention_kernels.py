@@ -250,7 +250,11 @@ def attend(
     num_queries = num_rows * group
     query = 0
     while query < num_queries:
-        count = QUERIES if query + QUERIES <= num_queries else 1
+        # The last block reaches back to be whole: to compute a query twice costs less than to
+        # read all keys for one alone.
+        if num_queries >= QUERIES:
+            query = min(query, num_queries - QUERIES)
+        count = QUERIES if num_queries >= QUERIES else 1
         low = num_cached
         for i in range(count):
             row, head = divmod(query + i, group)

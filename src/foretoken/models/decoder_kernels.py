@@ -44,7 +44,8 @@ def _project_and_add(
     rows, row_stride, num_rows, w, layer, depth, projected, x, stride, state, counter
 ):  # fmt: skip
     """Add a projection of the rows to the residual stream x, column by column."""
-    num_panels, step = stride // PANEL, kernels.panels_per_task(num_rows)
+    num_panels = stride // PANEL
+    step = kernels.panels_per_task(num_rows, num_panels)
     base = layer * stride * depth
     panel = threads.claim(state, counter) * step
     while panel < num_panels:
@@ -179,7 +180,6 @@ def run_pass(
     q_size = shape.heads * shape.head_dim
     qkv_stride = kernels.round_up(q_size + 2 * shape.kv_heads * shape.head_dim, PANEL)
     inner = kernels.round_up(shape.intermediate, LANES)
-    step = kernels.panels_per_task(num_rows)
     # Each thread has its own, so that nobody waits; of the type of the matrices, padding zero.
     normed = np.zeros(num_rows * stride, weights.head.dtype)
     counter, arrivals = 1, num_threads
@@ -196,6 +196,7 @@ def run_pass(
         _normalize(x, stride, num_rows, hidden, weights.input_norm, layer, shape.epsilon, normed)
         counter += 1
         base, num_panels = layer * qkv_stride * depth, qkv_stride // PANEL
+        step = kernels.panels_per_task(num_rows, num_panels)
         panel = threads.claim(state, counter) * step
         while panel < num_panels:
             stop, following = min(panel + step, num_panels), threads.claim(state, counter) * step
@@ -253,6 +254,7 @@ def run_pass(
         _normalize(x, stride, num_rows, hidden, weights.post_norm, layer, shape.epsilon, normed)
         counter += 1
         base, num_panels = layer * 2 * inner * depth, 2 * inner // PANEL
+        step = kernels.panels_per_task(num_rows, num_panels)
         panel = threads.claim(state, counter) * step
         while panel < num_panels:
             stop, following = min(panel + step, num_panels), threads.claim(state, counter) * step
@@ -296,7 +298,7 @@ def run_pass(
         kernels.rms_norm(x, at, hidden, weights.final_norm, 0, shape.epsilon, normed, i * stride)
     counter += 1
     num_panels = kernels.round_up(shape.vocab, PANEL) // PANEL
-    step = kernels.panels_per_task(num_wanted)
+    step = kernels.panels_per_task(num_wanted, num_panels)
     panel = threads.claim(state, counter) * step
     while num_wanted > 0 and panel < num_panels:
         stop, following = min(panel + step, num_panels), threads.claim(state, counter) * step

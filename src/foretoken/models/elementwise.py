@@ -7,19 +7,23 @@ elements and on how threads share them. Filled up to whole vectors for every thr
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
-from transformers.activations import ACT2CLS
+from transformers.activations import ACT2CLS, LinearActivation
 
 # Two vectors of 64 bytes in the narrowest type: what torch's loops take at a time, at most.
 ELEMENTS_AT_A_TIME = 64
-# Torch gives each thread at least so many elements.
+# From this many elements on, torch shares some functions (gelu) among all threads.
+ELEMENTS_FOR_ALL_THREADS = 16384
+# The others are shared among as many threads as get so many elements each.
 ELEMENTS_PER_THREAD = 32768
 _OF_TRANSFORMERS = tuple(
     entry[0] if isinstance(entry, tuple) else entry for entry in ACT2CLS.values()
 )
 _OF_TORCH = (nn.SiLU, nn.GELU, nn.Tanh, nn.Sigmoid, nn.Mish, nn.Softplus, nn.ELU, nn.Hardswish)
-_EXACT = (nn.Identity, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU)
+_EXACT = (nn.Identity, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, LinearActivation)
 ACTIVATIONS = tuple(
     kind for kind in (*_OF_TRANSFORMERS, *_OF_TORCH) if not issubclass(kind, _EXACT)
 )
@@ -34,15 +38,17 @@ def whole(num_elements: int, *, multiple_of: int = 1, num_threads: int | None = 
         num_threads: Threads of torch; those it has now if None.
     """
     num_threads = num_threads or torch.get_num_threads()
-    rows = -(-num_elements // multiple_of)
-    while rows * multiple_of % (ELEMENTS_AT_A_TIME * _sharers(rows * multiple_of, num_threads)):
-        rows += 1
-    return rows * multiple_of
+    filled = -(-num_elements // multiple_of) * multiple_of
+    while filled % (ELEMENTS_AT_A_TIME * _num_shares(filled, num_threads)):
+        filled += multiple_of
+    return filled
 
 
-def _sharers(num_elements: int, num_threads: int) -> int:
-    """Return among how many threads torch shares an elementwise operation."""
-    return max(1, min(num_threads, -(-num_elements // ELEMENTS_PER_THREAD)))
+def _num_shares(num_elements: int, num_threads: int) -> int:
+    """Return a number that those divide among whom torch may share an elementwise operation."""
+    if num_elements < ELEMENTS_FOR_ALL_THREADS:
+        return 1
+    return math.lcm(num_threads, min(num_threads, -(-num_elements // ELEMENTS_PER_THREAD)))
 
 
 class InvariantActivation(nn.Module):

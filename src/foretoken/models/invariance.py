@@ -56,7 +56,7 @@ def check_invariance(model: LanguageModel, module: PreTrainedModel) -> Invarianc
     """
     if not is_packable(module.device, module.dtype):
         where = f"{module.dtype} on {module.device.type}".removeprefix("torch.")
-        return InvarianceReport(Exactness.NUMERICAL, f"{where} runs on kernels of torch")
+        return InvarianceReport(Exactness.NUMERICAL, f"{where} runs on torch's kernels")
     difference = find_difference(model)
     # The operation says more, but is watched last: the first passes measure what was left to.
     reason = find_dependence(module, _SelfTest(model).run_tree) or difference

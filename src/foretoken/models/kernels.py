@@ -19,6 +19,8 @@ from foretoken.models import llvm, simd
 from foretoken.models.products import CACHE_LINE, PANEL, block_product
 
 LANES = llvm.LANES
+LARGEST_BLOCK = 9  # rows that are multiplied together
+MOST_PANELS = 4  # that one row is multiplied with together
 
 
 def padded(count: int, multiple: int = LANES) -> int:
@@ -91,17 +93,21 @@ def _has_all_ones(bits, exponent):
 
 
 @jit
-def panels_per_task(num_rows):
+def panels_per_task(num_rows, num_panels):
     """Return how many panels to multiply at a time: of one row, more, to keep loads in flight."""
-    return 4 if num_rows == 1 else 1
+    if num_rows > 1:
+        return 1
+    num_tasks = (num_panels + MOST_PANELS - 1) // MOST_PANELS
+    return (num_panels + num_tasks - 1) // num_tasks  # as even as possible
 
 
 @jit
 def multiply(x, x_stride, num_rows, w, base, panel, stop, following, depth, out, stride):
     """Multiply rows with the panels [panel, stop) of a matrix, at most `panels_per_task`.
 
-    Rows are taken in blocks of at most 8, as even as possible: a row alone would keep the processor
-    waiting for each of its sums. The panel that comes next is fetched meanwhile.
+    Rows are taken in blocks of at most 9 (a tree of 8 nodes and its root), as even as possible: a
+    row alone would keep the processor waiting for each of its sums. The panel that comes next is
+    fetched meanwhile.
 
     Args:
         base: Where in `w` the matrix begins.
@@ -113,39 +119,46 @@ def multiply(x, x_stride, num_rows, w, base, panel, stop, following, depth, out,
         _multiply_one(x, w, w_offset, stop - panel, depth, out, panel * PANEL)
         return
     out_offset = panel * PANEL
-    num_blocks = (num_rows + 7) // 8
+    num_blocks = (num_rows + LARGEST_BLOCK - 1) // LARGEST_BLOCK
     line = CACHE_LINE // w.itemsize
     row = 0
     for block in range(num_blocks):
         stop = num_rows * (block + 1) // num_blocks
-        at, to, fetch = row * x_stride, out_offset + row * stride, next_offset + block % 2 * line
+        at, to = row * x_stride, out_offset + row * stride
+        # Blocks take turns in fetching the next panel's cache lines; one alone fetches all.
+        fetch = next_offset + block % 2 * line
+        too = fetch + line if num_blocks == 1 else fetch
         count = stop - row  # which has to be a literal
-        if count == 8:
-            block_product(8, 1, x, at, x_stride, w, w_offset, fetch, depth, out, to, stride)
+        if count == 9:
+            block_product(9, 1, x, at, x_stride, w, w_offset, fetch, too, depth, out, to, stride)
+        elif count == 8:
+            block_product(8, 1, x, at, x_stride, w, w_offset, fetch, too, depth, out, to, stride)
         elif count == 7:
-            block_product(7, 1, x, at, x_stride, w, w_offset, fetch, depth, out, to, stride)
+            block_product(7, 1, x, at, x_stride, w, w_offset, fetch, too, depth, out, to, stride)
         elif count == 6:
-            block_product(6, 1, x, at, x_stride, w, w_offset, fetch, depth, out, to, stride)
+            block_product(6, 1, x, at, x_stride, w, w_offset, fetch, too, depth, out, to, stride)
         elif count == 5:
-            block_product(5, 1, x, at, x_stride, w, w_offset, fetch, depth, out, to, stride)
+            block_product(5, 1, x, at, x_stride, w, w_offset, fetch, too, depth, out, to, stride)
         elif count == 4:
-            block_product(4, 1, x, at, x_stride, w, w_offset, fetch, depth, out, to, stride)
+            block_product(4, 1, x, at, x_stride, w, w_offset, fetch, too, depth, out, to, stride)
         elif count == 3:
-            block_product(3, 1, x, at, x_stride, w, w_offset, fetch, depth, out, to, stride)
+            block_product(3, 1, x, at, x_stride, w, w_offset, fetch, too, depth, out, to, stride)
         else:
-            block_product(2, 1, x, at, x_stride, w, w_offset, fetch, depth, out, to, stride)
+            block_product(2, 1, x, at, x_stride, w, w_offset, fetch, too, depth, out, to, stride)
         row = stop
 
 
 @jit
 def _multiply_one(x, w, w_offset, num_panels, depth, out, out_offset):
-    """Multiply one row with 4 panels, or with fewer at the end of a matrix."""
+    """Multiply one row with 1 to 4 panels."""
     if num_panels == 4:
-        block_product(1, 4, x, 0, 0, w, w_offset, w_offset, depth, out, out_offset, 0)
+        block_product(1, 4, x, 0, 0, w, w_offset, 0, 0, depth, out, out_offset, 0)
+    elif num_panels == 3:
+        block_product(1, 3, x, 0, 0, w, w_offset, 0, 0, depth, out, out_offset, 0)
+    elif num_panels == 2:
+        block_product(1, 2, x, 0, 0, w, w_offset, 0, 0, depth, out, out_offset, 0)
     else:
-        for panel in range(num_panels):
-            at, to = w_offset + panel * depth * PANEL, out_offset + panel * PANEL
-            block_product(1, 1, x, 0, 0, w, at, at, depth, out, to, 0)
+        block_product(1, 1, x, 0, 0, w, w_offset, 0, 0, depth, out, out_offset, 0)
 
 
 # -- rows ----------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ never assumed, and no other count is used: see `RowRule`.
 
 from __future__ import annotations
 
+import mmap
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,14 +23,9 @@ TYPICAL_ROWS = 16
 # Row counts that the kernel may be called with; others are filled up to the next. Not all counts:
 # each costs half a millisecond and some memory when a matrix first meets it, and is measured. Not
 # one row: its kernel is another one, and in bfloat16 the difference may hide from a measurement.
-COUNTS = (
-    *range(2, 16, 2),
-    *range(16, 32, 4),
-    *range(32, 64, 8),
-    *range(64, 128, 16),
-    *range(128, 256, 32),
-    *range(256, 513, 64),
-)
+COUNTS = (*range(2, 16, 2), *range(16, 32, 4), *range(32, 64, 8), 64, 256)
+# More rows than these are split up rather than filled up: several calls are as fast as one.
+SPLIT_FROM = 64
 # Where the kernel is not the same for many counts, it is called with this one only.
 FIXED_COUNT = 8
 # Outputs held at once while measuring; matrices with many columns get smaller counts.
@@ -49,22 +45,35 @@ class RowRule:
     """Row counts at which a kernel gives every row the same bits.
 
     Args:
-        counts: At least one, ascending. Rows are filled up to the next of them, and taken in
-            pieces where there are more than the last.
+        counts: At least one, ascending. Few rows are filled up to the next of them, many are
+            taken in pieces.
     """
 
     counts: tuple[int, ...]
 
     def apply(self, kernel: Kernel, rows: Tensor) -> Tensor:
         """Call a kernel on rows, [R, in], in permitted counts only; return [R, out]."""
-        count, largest = rows.shape[0], self.counts[-1]
-        if count > largest:
-            return torch.cat([self.apply(kernel, piece) for piece in rows.split(largest)])
-        permitted = self.counts[bisect_left(self.counts, count)]
-        if count == permitted:
-            return kernel(rows)
-        filling = rows.new_zeros(permitted - count, rows.shape[1])
-        return kernel(torch.cat((rows, filling)))[:count]
+        pieces = []
+        while (size := self._next_piece(len(rows))) < len(rows):
+            pieces.append(kernel(rows[:size]))
+            rows = rows[size:]
+        filling = size - len(rows)
+        if filling:
+            rows = torch.cat((rows, rows.new_zeros(filling, rows.shape[1])))
+        output = kernel(rows)
+        if filling:
+            output = output[:-filling]
+        return torch.cat((*pieces, output)) if pieces else output
+
+    def _next_piece(self, count: int) -> int:
+        """Return how many rows the next call takes: fewer than there are, all, or more."""
+        index = bisect_left(self.counts, count)
+        if index == len(self.counts):
+            return self.counts[-1]
+        enough = self.counts[index]
+        # A count that nearly fits is missing where it did not agree with the others.
+        is_near = count <= SPLIT_FROM and enough <= 2 * count
+        return enough if is_near or enough == count or index == 0 else self.counts[index - 1]
 
 
 def measure_rule(
@@ -170,11 +179,22 @@ def pack_matrix(
     if weight.device.type != "cpu" or dtype not in PACKABLE_DTYPES or not weight.numel():
         return None
     try:
-        packed = _reorder(weight.detach().to(dtype), TYPICAL_ROWS)
+        packed = _reorder(_converted(weight.detach(), dtype), TYPICAL_ROWS)
     except RuntimeError:  # for example bfloat16 on a processor without the instructions
         return None
     bias = None if bias is None else bias.detach().to(dtype, copy=True)
     return _measured(_PackedKernel(packed, bias))
+
+
+def _converted(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a weight in another dtype, in memory that goes back to the system when it is freed.
+
+    Ordinary memory of this size would leave holes between the packed weights.
+    """
+    if weight.dtype == dtype:
+        return weight
+    memory = mmap.mmap(-1, weight.numel() * dtype.itemsize)
+    return torch.frombuffer(memory, dtype=dtype).view(weight.shape).copy_(weight)
 
 
 def _measured(kernel: _PackedKernel) -> PackedMatrix | None:

@@ -45,7 +45,8 @@ def pack_module(module: PreTrainedModel, dtype: torch.dtype | None = None) -> No
     if any(is_experts(layer) for layer in module.modules()):
         use_own_experts(module)
     # Held while its children change, so no layer that is to be freed may be among them.
-    parents = [layer for layer in module.modules() if type(layer) not in _LINEAR]
+    leaves = (*_LINEAR, InvariantActivation)
+    parents = [layer for layer in module.modules() if type(layer) not in leaves]
     for parent in parents:
         for name, child in list(parent.named_children()):
             replacement = _replacement(child, dtype)
@@ -68,9 +69,8 @@ def _replacement(module: nn.Module, dtype: torch.dtype | None) -> nn.Module | No
     if type(module) not in _LINEAR:
         return None
     layer: Any = module
-    matrix = pack_matrix(
-        layer.weight if type(module) is nn.Linear else layer.weight.t(), layer.bias
-    )
+    weight = layer.weight if type(module) is nn.Linear else layer.weight.t()
+    matrix = pack_matrix(weight, layer.bias, dtype)
     return None if matrix is None else PackedLinear(matrix)
 
 

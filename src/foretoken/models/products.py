@@ -45,6 +45,7 @@ def block_product(
     w: Any,
     w_offset: Any,
     fetch_offset: Any,
+    fetch_too: Any,
     depth: Any,
     out: Any,
     out_offset: Any,
@@ -62,6 +63,7 @@ def block_product(
         x: Rows of `depth` elements, `x_stride` apart, of the type of `w`.
         w: Panels one after the other: [depth, 32] in float32, [depth / 2, 32, 2] in bfloat16.
         fetch_offset: From here on, every other cache line of a panel is fetched meanwhile.
+        fetch_too: From here on as well.
         depth: Even.
         out: float32 rows of at least 32 * `num_panels` elements, `out_stride` apart.
     """
@@ -72,12 +74,12 @@ def block_product(
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         kinds = signature.args
-        x_array, x_start, x_step, w_array, w_start, w_fetch, length = args[2:9]
-        out_array, out_start, out_step = args[9:]
+        x_array, x_start, x_step, w_array, w_start, *w_fetch, length = args[2:10]
+        out_array, out_start, out_step = args[10:]
         x_first = llvm.pointer(context, builder, kinds[2], x_array, x_start)
         w_first = llvm.pointer(context, builder, kinds[5], w_array, w_start)
-        fetched = llvm.pointer(context, builder, kinds[5], w_array, w_fetch)
-        out_first = llvm.pointer(context, builder, kinds[9], out_array, out_start)
+        fetched = [llvm.pointer(context, builder, kinds[5], w_array, start) for start in w_fetch]
+        out_first = llvm.pointer(context, builder, kinds[10], out_array, out_start)
         word = length.type
         width = ir.Constant(word, PANEL)
         x_rows = [
@@ -100,7 +102,8 @@ def block_product(
             k = builder.shl(loop.index, ir.Constant(word, 1))
             at = builder.mul(k, width)
             if rows > 1:  # what a single row reads, the processor foresees by itself
-                _fetch(builder, builder.gep(fetched, [at]), kinds[5])
+                for start in fetched:
+                    _fetch(builder, builder.gep(start, [at]), kinds[5])
             x_at = [builder.gep(pointer, [k]) for pointer in x_rows]
             w_at = [builder.gep(pointer, [at]) for pointer in w_panels]
             add_products(builder, x_at, w_at, cells)
@@ -114,7 +117,7 @@ def block_product(
 
     size = types.intp
     return types.void(
-        num_rows, num_panels, x, size, size, w, size, size, size, out, size, size
+        num_rows, num_panels, x, size, size, w, size, size, size, size, out, size, size
     ), generate
 
 
