@@ -348,6 +348,18 @@ def test_expansion_is_read_from_text_and_bounds_the_depth():
     assert options_of("draft-model:path=x,max_depth=3").depth_limit == 3
 
 
+@pytest.mark.parametrize("expansion", [None, (3, 3)])
+def test_tree_stays_within_the_drafters_own_bound(expansion):
+    drafter = make_draft_model(
+        micro_model(), micro_model(blur=0.3), expansion=expansion, min_gain=0, max_nodes=3
+    )
+    started(drafter, PROMPT)
+    [draft] = drafter.propose([context_of(PROMPT, max_nodes=8)])
+    assert draft.tree.num_draft_tokens == 3
+    [draft] = drafter.propose([context_of(PROMPT, max_nodes=2)])
+    assert draft.tree.num_draft_tokens == 2
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -358,6 +370,7 @@ def test_expansion_is_read_from_text_and_bounds_the_depth():
         ("draft-model:path=x,max_depth=0", "max_depth is at least 1; got 0"),
         ("draft-model:path=x,width=0", "width is at least 1"),
         ("draft-model:path=x,min_gain=-1", "min_gain not negative"),
+        ("draft-model:path=x,max_nodes=0", "max_nodes is at least 1; got 0"),
         ("draft-model:path=x,depth=4", "unknown option of draft-model 'depth'"),
     ],
 )

@@ -1,12 +1,15 @@
 """Tokenizers: text survives the way to ids and back; vocabularies of a pair must agree."""
 
+import random
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from foretoken.assets import EMBEDDED
 from foretoken.errors import ModelError, VocabularyMismatchError
 from foretoken.models.tokenizer import Tokenizer, check_same_vocabulary
 from tests.fakes import (
@@ -177,3 +180,15 @@ def test_tokenizer_of_vocabulary_and_merges_alone_is_found(tmp_path):
     tokenizer = Tokenizer.load(str(tmp_path))
     assert tokenizer is not None
     assert tokenizer.decode(tokenizer.encode("the cat")) == "the cat"
+
+
+def test_decoding_past_transformers_gives_the_same_text():
+    target = EMBEDDED["stories"].target
+    ours = Tokenizer.load(str(target))
+    theirs = AutoTokenizer.from_pretrained(target)
+    assert ours._backend is not None
+    rng = random.Random(1)
+    for count in (0, 1, 2, 30):
+        token_ids = [rng.randrange(2048) for _ in range(count)]
+        assert ours.decode(token_ids) == theirs.decode(token_ids, skip_special_tokens=True)
+    assert ours.decode(range(5)) == theirs.decode(list(range(5)), skip_special_tokens=True)

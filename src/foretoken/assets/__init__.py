@@ -28,8 +28,8 @@ EMBEDDED = {
     "stories": EmbeddedPair(
         target=_ROOT / "stories" / "target",
         draft=_ROOT / "stories" / "draft",
-        # A pass of this draft costs about a sixth of the target's: a level has to be worth more
-        # than it would beside a large target.
-        draft_options={"max_depth": 6, "min_gain": 0.25},
+        # Both models fit into the processor's caches, where every row of the target's pass and
+        # every level of the draft counts: see docs/decisions/0009-small-trees-for-the-pair.md.
+        draft_options={"max_depth": 4, "min_gain": 0.3, "width": 2, "max_nodes": 5},
     )
 }

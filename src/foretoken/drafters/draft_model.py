@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -52,6 +52,8 @@ class DraftModelOptions:
         max_depth: Longest path, which is also the most draft passes per step.
         width: Most children of one node when growing best first.
         min_gain: Best first stops when a level is worth less than this many expected tokens.
+        max_nodes: Most nodes of a tree, if that is less than the step allows; for targets so small
+            that every row of their pass counts.
     """
 
     path: str
@@ -59,12 +61,18 @@ class DraftModelOptions:
     max_depth: int = 8
     width: int = 4
     min_gain: float = 0.1
+    max_nodes: int | None = None
 
     def __post_init__(self) -> None:
         if self.max_depth < 1:
             raise ConfigError(
                 f"draft-model:max_depth is at least 1; got {self.max_depth}",
                 hint="change max_depth, or use the drafter none",
+            )
+        if self.max_nodes is not None and self.max_nodes < 1:
+            raise ConfigError(
+                f"draft-model:max_nodes is at least 1; got {self.max_nodes}",
+                hint="change max_nodes, or use the drafter none",
             )
         self.policy()  # raises for bad values
 
@@ -144,6 +152,7 @@ class DraftModelDrafter:
         self._model = model
         self._policy = options.policy()
         self._max_depth = options.depth_limit
+        self._max_nodes = options.max_nodes
         self._target_vocab_size = host.target.info.vocab_size
         self._has_fewer_tokens = model.info.vocab_size < self._target_vocab_size
         # A tree in the making holds more nodes than the draft that comes of it.
@@ -212,7 +221,10 @@ class DraftModelDrafter:
         state.reset()
         room = self._model.info.context_limit - len(context.token_ids)
         max_depth = max(0, min(self._max_depth, room))
-        tree = GrowingTree(context.token_ids[-1], context.budget, self._policy, max_depth)
+        budget = context.budget
+        if self._max_nodes is not None and self._max_nodes < budget.max_nodes:
+            budget = replace(budget, max_nodes=self._max_nodes)
+        tree = GrowingTree(context.token_ids[-1], budget, self._policy, max_depth)
         if tree.frontier:
             self._prefill(state, context.token_ids)
         return tree

@@ -6,6 +6,7 @@ tree and beside another request. Logits, keys and values must be the same bits e
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,9 +23,10 @@ from foretoken.models.packing import is_packable
 
 # More than a vector has elements, so that the rest of one shows even where a row is one number.
 NUM_TOKENS = 36
-CHUNKS = (31, 2, 1, 1, 1)
-SHARED = 32  # tokens that the tree's sequence has behind it
-NEIGHBOUR = 5  # tokens of the other request before the tree
+SHARED = 32  # tokens before the tree, fed at once
+LATER_CHUNKS = (2, 1, 1)  # the same tokens as in the tree; one at a time is plain decoding
+NEIGHBOUR = 5  # tokens of the other request, each time
+MAX_LOGITS = 4  # rows per segment whose logits are compared; large vocabularies take long
 # The tree's root, two decoys, the path again, another decoy, the path's end; -1 is the past.
 TREE_PARENTS = (-1, 0, 0, 0, 3, 3, 5)
 TREE_PATH = (0, 3, 5, 6)
@@ -70,6 +72,19 @@ def find_difference(model: LanguageModel) -> str | None:
     return _SelfTest(model).run()
 
 
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """New nodes of a sequence, and those among them that go on with the text, in order."""
+
+    segment: Segment
+    nodes: Sequence[int]
+
+    def positions(self) -> range:
+        """Return the positions in the text."""
+        start = self.segment.sequence.num_cached
+        return range(start, start + len(self.nodes))
+
+
 class _SelfTest:
     """One text, fed to a model in several ways."""
 
@@ -87,69 +102,68 @@ class _SelfTest:
 
     def run_tree(self) -> None:
         """Make one pass over the tree beside another request."""
-        self._feed(self._tree(self._cache.open()), self._chunk(self._cache.open(), NEIGHBOUR))
+        tree, neighbour = self._tree(self._cache.open()), self._chunk(self._cache.open(), NEIGHBOUR)
+        batch = self._model.batch(self._cache, [tree.segment, neighbour.segment])
+        self._model.forward(batch, range(batch.num_rows))
 
     def run(self) -> str | None:
         """Make all passes; return what differed first, or None."""
-        sequence = self._cache.open()
-        self._logits = self._feed(self._chunk(sequence, NUM_TOKENS))
-        self._slots = self._staged(sequence)
-        return self._run_chunks() or self._run_beside_another()
-
-    def _run_chunks(self) -> str | None:
-        """Feed the text in pieces, the last ones of one token as in plain decoding."""
-        sequence = self._cache.open()
-        for size in CHUNKS:
-            logits = self._feed(self._chunk(sequence, size))
-            difference = self._check_chunk(sequence, logits)
-            if difference:
-                return difference
-        return None
-
-    def _run_beside_another(self) -> str | None:
-        """Feed most of the text, then a tree with the rest as a branch, beside a neighbour."""
         sequence, neighbour = self._cache.open(), self._cache.open()
-        logits = self._feed(self._chunk(sequence, SHARED), self._chunk(neighbour, NEIGHBOUR))
-        difference = self._check_chunk(sequence, logits[:SHARED])
-        difference = difference or self._check_chunk(neighbour, logits[SHARED:])
-        if difference:
-            return difference
-        logits = self._feed(self._tree(sequence), self._chunk(neighbour, NEIGHBOUR))
-        path = list(TREE_PATH)
-        difference = self._check(SHARED, self._staged(sequence)[path], logits[path])
-        return difference or self._check_chunk(neighbour, logits[len(TREE_PARENTS) :])
+        self._feed_whole_text()
+        difference = self._compare(self._chunk(sequence, SHARED), self._chunk(neighbour, NEIGHBOUR))
+        branch = self._cache.fork(sequence)
+        for size in LATER_CHUNKS:
+            difference = difference or self._compare(self._chunk(sequence, size))
+        return difference or self._compare(self._tree(branch), self._chunk(neighbour, NEIGHBOUR))
 
-    def _chunk(self, sequence: CachedSequence, size: int) -> Segment:
+    def _chunk(self, sequence: CachedSequence, size: int) -> _Part:
         """Return the next tokens of the text."""
         start = sequence.num_cached
-        return Segment(sequence, self._text[start : start + size], range(-1, size - 1))
+        segment = Segment(sequence, self._text[start : start + size], range(-1, size - 1))
+        return _Part(segment, range(size))
 
-    def _tree(self, sequence: CachedSequence) -> Segment:
-        return Segment(sequence, self._tree_ids, TREE_PARENTS)
+    def _tree(self, sequence: CachedSequence) -> _Part:
+        return _Part(Segment(sequence, self._tree_ids, TREE_PARENTS), TREE_PATH)
 
-    def _feed(self, *segments: Segment) -> Tensor:
-        """Return the logits of all rows."""
-        batch = self._model.batch(self._cache, segments)
-        return self._model.forward(batch, range(batch.num_rows)).logits
+    def _feed_whole_text(self) -> None:
+        whole = self._cache.open()
+        batch = self._model.batch(self._cache, [self._chunk(whole, NUM_TOKENS).segment])
+        self._logits = self._model.forward(batch, range(NUM_TOKENS)).logits
+        self._cache.commit([(whole, range(NUM_TOKENS))])
+        self._slots = self._cache.slots(whole, 0, NUM_TOKENS)
 
-    def _staged(self, sequence: CachedSequence) -> np.ndarray:
-        start = sequence.num_cached
-        return self._cache.slots(sequence, start, start + sequence.num_staged)
-
-    def _check_chunk(self, sequence: CachedSequence, logits: Tensor) -> str | None:
-        """Check a chunk that was fed, and keep it."""
-        start, slots = sequence.num_cached, self._staged(sequence)
-        self._cache.commit([(sequence, range(len(slots)))])
-        return self._check(start, slots, logits)
-
-    def _check(self, start: int, slots: np.ndarray, logits: Tensor) -> str | None:
-        """Say what differs from the first pass over the text at some of its positions."""
-        found, known = torch.from_numpy(slots), torch.from_numpy(self._slots[start:][: len(slots)])
-        for layer, pools in enumerate(zip(self._cache.keys, self._cache.values, strict=True)):
-            if any(_differ(pool[found], pool[known]) for pool in pools):
-                return f"the keys and values of layer {layer} depend on what shares the pass"
-        if _differ(logits, self._logits[start : start + len(slots)]):
+    def _compare(self, *parts: _Part) -> str | None:
+        """Make a pass; say what differs from the whole text's, and keep its nodes."""
+        batch = self._model.batch(self._cache, [part.segment for part in parts])
+        rows = [
+            start + node
+            for start, part in zip(batch.starts, parts, strict=False)
+            for node in part.nodes[-MAX_LOGITS:]
+        ]
+        logits = self._model.forward(batch, rows).logits
+        positions = [position for part in parts for position in part.positions()]
+        slots = np.concatenate([self._slots_of(part) for part in parts])
+        layer = self._differing_layer(slots, self._slots[positions])
+        if layer is not None:
+            return f"the keys and values of layer {layer} depend on what shares the pass"
+        compared = [position for part in parts for position in part.positions()[-MAX_LOGITS:]]
+        if _differ(logits, self._logits[compared]):
             return "the logits depend on what shares the pass"
+        self._cache.commit([(part.segment.sequence, part.nodes) for part in parts])
+        return None
+
+    def _slots_of(self, part: _Part) -> np.ndarray:
+        """Return where the nodes that repeat the text lie."""
+        sequence = part.segment.sequence
+        start = sequence.num_cached
+        return self._cache.slots(sequence, start, start + sequence.num_staged)[list(part.nodes)]
+
+    def _differing_layer(self, found: np.ndarray, known: np.ndarray) -> int | None:
+        """Return the first layer whose keys or values differ between two lists of slots."""
+        first, second = torch.from_numpy(found), torch.from_numpy(known)
+        for layer, pools in enumerate(zip(self._cache.keys, self._cache.values, strict=True)):
+            if any(_differ(pool[first], pool[second]) for pool in pools):
+                return layer
         return None
 
 

@@ -19,7 +19,7 @@ from foretoken.models import llvm, simd
 from foretoken.models.products import CACHE_LINE, PANEL, block_product
 
 LANES = llvm.LANES
-LARGEST_BLOCK = 9  # rows that are multiplied together
+LARGEST_BLOCK = 12  # rows that are multiplied together: their sums fill 24 registers of 32
 MOST_PANELS = 4  # that one row is multiplied with together
 
 
@@ -105,9 +105,8 @@ def panels_per_task(num_rows, num_panels):
 def multiply(x, x_stride, num_rows, w, base, panel, stop, following, depth, out, stride):
     """Multiply rows with the panels [panel, stop) of a matrix, at most `panels_per_task`.
 
-    Rows are taken in blocks of at most 9 (a tree of 8 nodes and its root), as even as possible: a
-    row alone would keep the processor waiting for each of its sums. The panel that comes next is
-    fetched meanwhile.
+    Rows are taken in blocks of at most 12, as even as possible: a row alone would keep the
+    processor waiting for each of its sums. The panel that comes next is fetched meanwhile.
 
     Args:
         base: Where in `w` the matrix begins.
@@ -129,7 +128,13 @@ def multiply(x, x_stride, num_rows, w, base, panel, stop, following, depth, out,
         fetch = next_offset + block % 2 * line
         too = fetch + line if num_blocks == 1 else fetch
         count = stop - row  # which has to be a literal
-        if count == 9:
+        if count == 12:
+            block_product(12, 1, x, at, x_stride, w, w_offset, fetch, too, depth, out, to, stride)
+        elif count == 11:
+            block_product(11, 1, x, at, x_stride, w, w_offset, fetch, too, depth, out, to, stride)
+        elif count == 10:
+            block_product(10, 1, x, at, x_stride, w, w_offset, fetch, too, depth, out, to, stride)
+        elif count == 9:
             block_product(9, 1, x, at, x_stride, w, w_offset, fetch, too, depth, out, to, stride)
         elif count == 8:
             block_product(8, 1, x, at, x_stride, w, w_offset, fetch, too, depth, out, to, stride)
