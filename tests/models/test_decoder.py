@@ -18,7 +18,7 @@ from foretoken.models.batch import Segment
 from foretoken.models.decoder import CompiledDecoder, RotaryTable
 from foretoken.models.decoder_config import is_plain_decoder, read_plain_config
 from foretoken.models.loading import load_config, load_model
-from tests.bits import Player, plain_logits
+from tests.bits import Histories
 from tests.fakes import CONTEXT_LIMIT, VOCAB_SIZE, WINDOW, build_module, tiny_config
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
@@ -165,9 +165,9 @@ def test_every_node_has_the_bits_of_plain_decoding(saved, variant, dtype):
     @settings(max_examples=4)
     @given(st.integers(0, 2**32 - 1))
     def play(seed):
-        player = Player(model, seed)
-        player.play(4)
-        player.check()
+        histories = Histories(model, seed)
+        histories.check_random_history(num_sequences=1, num_steps=4)
+        histories.check_random_history(num_sequences=3, num_steps=3)
 
     play()
 
@@ -187,7 +187,7 @@ def test_threads_change_no_bit(saved, dtype, monkeypatch):
 def test_long_prompt_in_one_pass_has_the_bits_of_plain_decoding(saved):
     model = load_model(str(saved("llama")[0]))
     token_ids = some_ids(CONTEXT_LIMIT)
-    [expected] = plain_logits(model, [(token_ids, None)])
+    expected = Histories(model, 0).expected(token_ids)
     assert torch.equal(chain_output(model, token_ids).logits[-1], expected)
 
 
@@ -200,9 +200,7 @@ def test_denormals_change_nothing_between_one_row_and_many(tmp_path):
             tensors[name] *= 1e-19
     save_file(tensors, file, metadata={"format": "pt"})
     model = load_model(str(tmp_path))
-    player = Player(model, 1)
-    player.play(3)
-    player.check()
+    Histories(model, 1).check_random_history(num_sequences=2, num_steps=3)
 
 
 # -- what is refused -------------------------------------------------------------------------

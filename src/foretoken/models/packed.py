@@ -34,9 +34,6 @@ MIN_LARGEST_COUNT = 64
 # A count is compared on at least so many outputs: in bfloat16 few of them show a difference.
 MIN_COMPARED_VALUES = 1 << 15
 
-_reorder = torch.ops.mkldnn._reorder_linear_weight
-_linear = torch.ops.mkldnn._linear_pointwise.default
-
 Kernel = Callable[[Tensor], Tensor]
 
 
@@ -122,7 +119,9 @@ class _PackedKernel:
     bias: Tensor | None
 
     def __call__(self, rows: Tensor) -> Tensor:
-        output: Tensor = _linear(rows, self.packed, self.bias, "none", [], "")
+        output: Tensor = torch.ops.mkldnn._linear_pointwise(
+            rows, self.packed, self.bias, "none", [], ""
+        )
         return output
 
 
@@ -179,8 +178,9 @@ def pack_matrix(
     if weight.device.type != "cpu" or dtype not in PACKABLE_DTYPES or not weight.numel():
         return None
     try:
-        packed = _reorder(_converted(weight.detach(), dtype), TYPICAL_ROWS)
-    except RuntimeError:  # for example bfloat16 on a processor without the instructions
+        reorder = torch.ops.mkldnn._reorder_linear_weight
+        packed = reorder(_converted(weight.detach(), dtype), TYPICAL_ROWS)
+    except (AttributeError, RuntimeError):  # torch was built without oneDNN, or it refuses
         return None
     bias = None if bias is None else bias.detach().to(dtype, copy=True)
     return _measured(_PackedKernel(packed, bias))
