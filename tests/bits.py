@@ -32,6 +32,8 @@ class Histories:
         return self.plain[path][1]
 
     def check_random_history(self, num_sequences, num_steps):
+        """Feed a prompt and then trees to some sequences; return how many rows were compared."""
+        num_rows = 0
         cache = self.model.new_cache(2000)
         sequences = [cache.open() for _ in range(num_sequences)]
         texts = [[] for _ in sequences]
@@ -48,12 +50,14 @@ class Histories:
             rows = self.random.sample(range(batch.num_rows), batch.num_rows)
             logits = self.model.forward(batch, rows).logits
             flat = [path for nodes in paths for path, _ in nodes]
+            num_rows += len(rows)
             for row, found in zip(rows, logits, strict=True):
                 assert torch.equal(found, self.expected(flat[row])), flat[row]
             for index, nodes in enumerate(paths):
                 path, kept = nodes[-1] if step == 0 else self.random.choice(nodes)
                 cache.commit([(sequences[index], kept)])
                 texts[index] = list(path)
+        return num_rows
 
 
 def paths_of(text, token_ids, parents):
