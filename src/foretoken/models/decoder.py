@@ -49,7 +49,9 @@ class RotaryTable:
     def upto(self, num_positions: int) -> np.ndarray:
         """Return the table of at least so many positions: cosines, then sines, of each; flat."""
         if num_positions > self._num_positions:
-            self._num_positions = max(1024, 2 * num_positions)
+            # A power of two fills whole vectors: torch computes what is left over in another way,
+            # and a position's numbers must not change when the table grows.
+            self._num_positions = max(1024, 1 << num_positions.bit_length())
             angles = torch.arange(self._num_positions).float()[:, None] * self._frequencies
             both = torch.cat((angles.cos(), angles.sin()), dim=1) * self._factor
             self._table = both.view(-1).numpy()
