@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from foretoken.errors import CapacityError
 from foretoken.models.cache import BLOCK_SIZE, KVCache, LayerShape
+from foretoken.models.layout import unpack
 from tests.fakes import random_parents
 
 # Layers 0 and 2 share one pool; layer 1 has wider keys than values.
@@ -182,8 +183,9 @@ def test_staging_over_two_passes_grows_one_tree():
     cache = make_cache()
     sequence = filled(cache, 3)
     write(cache, cache.stage(sequence, [-1, 0, 0]), [1, 2, 3])
-    write(cache, cache.stage(sequence, [1, 2, 3]), [4, 5, 6])
-    assert sequence.depths == [0, 1, 1, 2, 2, 3]
+    layout = unpack(cache.stage_all([sequence], [[0, 0, 0]], [[1, 2, 3]]))
+    write(cache, layout.new_slots, [4, 5, 6])
+    assert layout.depths.tolist() == [0, 1, 1, 2, 2, 3]
     cache.commit([(sequence, [0, 1, 3, 5])])
     assert read(cache, sequence, 0, sequence.num_cached) == [100, 101, 102, 1, 2, 4, 6]
 

@@ -1,11 +1,16 @@
 """Loading through transformers' modules holds no second copy of the weights."""
 
+import gc
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, Olmo2Config
+
+from foretoken.core.verdict import Exactness
+from foretoken.models.loading import load_model
 
 CONFIG = {
     "vocab_size": 8000,
@@ -72,3 +77,16 @@ def test_loading_takes_little_more_memory_than_the_weights(directories):
     assert exactness == "bitwise"
     assert float(weights) > 400
     assert float(left) <= float(most) <= 1.15 * float(weights)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_checkpoint_does_not_stay_mapped(tmp_path, tied):
+    """Embeddings and norms used to lie in its mapping, which kept a second copy of everything."""
+    sizes = {"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 96}
+    config = Olmo2Config(**{**CONFIG, **sizes, "tie_word_embeddings": tied})
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path)
+    model = load_model(str(tmp_path), dtype="float32", device="cpu")
+    assert model.info.exactness is Exactness.BITWISE
+    gc.collect()
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()

@@ -6,13 +6,13 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from foretoken.models.cache import CachedSequence, KVCache
+from foretoken.models.layout import Layout, unpack
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,36 +31,6 @@ class Segment:
     parents: Sequence[int]
 
 
-class Layout(NamedTuple):
-    """A batch as arrays of int64, which is what compiled code reads.
-
-    Attributes:
-        token_ids: [R].
-        positions: [R], absolute: cached positions plus depth.
-        new_slots: [R], where each row's key and value go.
-        row_starts: First row of each segment, and R at the end, [B + 1].
-        key_starts: The same for `slots`.
-        node_starts: The same for `parents` and `depths`.
-        num_cached: Cached positions of each segment's sequence, [B].
-        first_staged: Index of each segment's first row among the staged nodes, [B].
-        slots: For each segment, where its cached positions and then its staged nodes lie.
-        parents: For each segment, of all staged nodes; -1 is the last cached position.
-        depths: For each segment, of all staged nodes.
-    """
-
-    token_ids: np.ndarray
-    positions: np.ndarray
-    new_slots: np.ndarray
-    row_starts: np.ndarray
-    key_starts: np.ndarray
-    node_starts: np.ndarray
-    num_cached: np.ndarray
-    first_staged: np.ndarray
-    slots: np.ndarray
-    parents: np.ndarray
-    depths: np.ndarray
-
-
 class RaggedBatch:
     """Rows of several segments, laid out for one pass through a model.
 
@@ -74,7 +44,7 @@ class RaggedBatch:
         starts: First row of each segment, and R at the end.
         lengths: Nodes of each segment.
         num_keys: Keys that each segment may see: cached and staged positions.
-        layout: Rows, segment after segment, nodes in the order given.
+        packed: Rows, segment after segment, nodes in the order given; see `layout`.
     """
 
     def __init__(self, cache: KVCache, segments: Sequence[Segment]) -> None:
@@ -82,45 +52,18 @@ class RaggedBatch:
         self.segments = segments
         self.lengths = [len(segment.token_ids) for segment in segments]
         self.starts = [0, *itertools.accumulate(self.lengths)]
-        self.num_keys: list[int] = []
-        token_ids: list[int] = []
-        positions: list[int] = []
-        num_cached: list[int] = []
-        first_staged: list[int] = []
-        node_starts = [0]
-        parents: list[int] = []
-        depths: list[int] = []
-        new_slots, slots = [], []
-        for segment, length in zip(segments, self.lengths, strict=True):
-            sequence = segment.sequence
-            cache.stage(sequence, segment.parents)
-            cached, staged = sequence.num_cached, sequence.num_staged
-            token_ids += segment.token_ids
-            positions += [cached + depth for depth in sequence.depths[-length:]]
-            parents += sequence.parents
-            depths += sequence.depths
-            slots.append(sequence.slot_of[: cached + staged])
-            new_slots.append(slots[-1][-length:])
-            num_cached.append(cached)
-            first_staged.append(staged - length)
-            node_starts.append(len(parents))
-            self.num_keys.append(cached + staged)
-        key_starts = [0, *itertools.accumulate(self.num_keys)]
-        self.layout = Layout(
-            new_slots=_joined(new_slots),
-            slots=_joined(slots),
-            **_arrays(
-                token_ids=token_ids,
-                positions=positions,
-                row_starts=self.starts,
-                key_starts=key_starts,
-                node_starts=node_starts,
-                num_cached=num_cached,
-                first_staged=first_staged,
-                parents=parents,
-                depths=depths,
-            ),
+        sequences = [segment.sequence for segment in segments]
+        self.packed = cache.stage_all(
+            sequences,
+            [segment.token_ids for segment in segments],
+            [segment.parents for segment in segments],
         )
+        self.num_keys = [sequence.num_cached + sequence.num_staged for sequence in sequences]
+
+    @cached_property
+    def layout(self) -> Layout:
+        """The parts of `packed`."""
+        return unpack(self.packed)
 
     @cached_property
     def token_ids(self) -> Tensor:
@@ -173,13 +116,14 @@ class ReferenceLayout:
     @property
     def _is_single_row(self) -> bool:
         """Whether there is one row, and nothing staged that it could not see."""
-        return self._batch.num_rows == 1 and self._batch.segments[0].sequence.num_staged == 1
+        return self._batch.num_rows == 1 and len(self._batch.layout.parents) == 1
 
     def _build_key_slots(self) -> Tensor:
         batch, (num_segments, _, num_keys) = self._batch, self.shape
         rows = np.empty((num_segments, num_keys), dtype=np.int64)
-        for row, segment, count in zip(rows, batch.segments, batch.num_keys, strict=True):
-            slots = batch.cache.slots(segment.sequence, 0, count)
+        starts = batch.layout.key_starts
+        for row, start, count in zip(rows, starts, batch.num_keys, strict=False):
+            slots = batch.layout.slots[start : start + count]
             row[:count] = slots
             row[count:] = slots[-1]
         return _tensor(rows.reshape(-1), batch.cache.device)
@@ -210,15 +154,17 @@ class ReferenceLayout:
 
     def _build_bias(self, window: int | None, dtype: torch.dtype) -> Tensor:
         allowed = np.zeros(self.shape, dtype=bool)
-        for index, segment in enumerate(self._batch.segments):
-            sequence, length = segment.sequence, self._batch.lengths[index]
-            num_cached, num_staged = sequence.num_cached, sequence.num_staged
-            first = num_staged - length
-            mask = allowed[index, :length, : num_cached + num_staged]
+        layout = self._batch.layout
+        for index, (length, num_keys) in enumerate(
+            zip(self._batch.lengths, self._batch.num_keys, strict=True)
+        ):
+            num_cached, first = layout.num_cached[index], layout.first_staged[index]
+            nodes = slice(layout.node_starts[index], layout.node_starts[index + 1])
+            mask = allowed[index, :length, :num_keys]
             mask[:, :num_cached] = True
-            _mark_ancestors(mask[:, num_cached:], sequence.parents, first)
+            _mark_ancestors(mask[:, num_cached:], layout.parents[nodes].tolist(), first)
             if window is not None:
-                depths = np.asarray(sequence.depths)
+                depths = layout.depths[nodes]
                 key_positions = np.concatenate((np.arange(num_cached), num_cached + depths))
                 mask &= key_positions > num_cached + depths[first:, None] - window
         low = torch.finfo(dtype).min
@@ -240,20 +186,6 @@ def _mark_ancestors(mask: np.ndarray, parents: Sequence[int], first: int) -> Non
                 mask[row, parent] = True
                 parent = parents[parent]
         mask[row, node] = True
-
-
-def _arrays(**lists: list[int]) -> dict[str, np.ndarray]:
-    """Return arrays of some lists; making one and cutting it costs less than making each."""
-    whole = np.array([*itertools.chain.from_iterable(lists.values())])
-    stops = itertools.accumulate(map(len, lists.values()))
-    return {
-        name: whole[stop - len(values) : stop]
-        for (name, values), stop in zip(lists.items(), stops, strict=True)
-    }
-
-
-def _joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
-    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
 def _tensor(array: np.ndarray, device: torch.device) -> Tensor:

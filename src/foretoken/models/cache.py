@@ -24,6 +24,16 @@ import torch
 from torch import Tensor
 
 from foretoken.errors import CapacityError
+from foretoken.models.layout import (
+    HEADER,
+    PER_SEGMENT,
+    Tables,
+    choose_paths,
+    lay_out,
+    move_slots,
+    packed_size,
+    unpack,
+)
 
 BLOCK_SIZE = 16
 _OFFSETS = np.arange(BLOCK_SIZE)
@@ -47,19 +57,11 @@ class LayerShape:
 class CachedSequence:
     """One sequence's place in the cache; a handle, changed only by its `KVCache`."""
 
+    index: int  # of its row in the cache's tables
     num_cached: int = 0
+    num_staged: int = 0  # nodes fed since the last commit
     blocks: list[int] = field(default_factory=list)
-    # Slot of every logical position that the blocks hold; grows with room to spare.
-    slot_of: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
-    # Staged nodes: parent of each (index among the staged, -1 = last cached position) and depth.
-    parents: list[int] = field(default_factory=list)
-    depths: list[int] = field(default_factory=list)
     is_open: bool = True
-
-    @property
-    def num_staged(self) -> int:
-        """Nodes fed since the last commit."""
-        return len(self.parents)
 
 
 def as_array(tensor: Tensor) -> np.ndarray:
@@ -114,9 +116,11 @@ class KVCache:
             values.update(zip(indices, value_pool, strict=True))
         self.keys = [keys[index] for index in range(len(layers))]  # each [slots, H, D]
         self.values = [values[index] for index in range(len(layers))]
-        # On CPU, what compiled code reads and what numpy moves with less ado than torch.
-        self._arrays = [as_array(pool) for pool in self._pools] if device.type == "cpu" else []
-        self.flat_pools = [array.reshape(-1) for array in self._arrays]
+        host_pools = self._pools if device.type == "cpu" else []
+        self.flat_pools = [as_array(pool).reshape(-1) for pool in host_pools]
+        # As bytes, [L, slots, bytes]: what is moved needs no type.
+        self._byte_pools = [pool.view(torch.uint8).flatten(2).numpy() for pool in host_pools]
+        self._tables = Tables()
         self._free = list(range(num_blocks))  # a heap: lowest first
         self._references = [0] * num_blocks
         self._sequences: set[CachedSequence] = set()
@@ -135,7 +139,7 @@ class KVCache:
 
     def open(self) -> CachedSequence:
         """Return a new, empty sequence."""
-        sequence = CachedSequence()
+        sequence = CachedSequence(self._tables.take_row())
         self._sequences.add(sequence)
         return sequence
 
@@ -150,7 +154,8 @@ class KVCache:
         num_full = sequence.num_cached // BLOCK_SIZE
         fork = self.open()
         fork.blocks = sequence.blocks[:num_full]
-        fork.slot_of = sequence.slot_of.copy()
+        slots = self._tables.slots
+        slots[fork.index] = slots[sequence.index]
         for block in fork.blocks:
             self._references[block] += 1
         fork.num_cached = num_full * BLOCK_SIZE
@@ -159,10 +164,9 @@ class KVCache:
         except CapacityError:
             self.close(fork)
             raise
-        self._move(
-            self.slots(sequence, fork.num_cached, sequence.num_cached),
-            self.slots(fork, fork.num_cached, sequence.num_cached),
-        )
+        sources = self.slots(sequence, fork.num_cached, sequence.num_cached)
+        targets = self.slots(fork, fork.num_cached, sequence.num_cached)
+        self._move(np.stack((sources, targets)), len(sources))
         fork.num_cached = sequence.num_cached
         return fork
 
@@ -172,15 +176,15 @@ class KVCache:
             return
         self._release(sequence.blocks)
         sequence.blocks = []
-        sequence.parents.clear()
-        sequence.depths.clear()
-        sequence.num_cached = 0
+        sequence.num_cached = sequence.num_staged = 0
         sequence.is_open = False
         self._sequences.remove(sequence)
+        self._tables.free_rows.append(sequence.index)
 
     def slots(self, sequence: CachedSequence, start: int, stop: int) -> np.ndarray:
         """Return where the logical positions [start, stop) of a sequence lie, [stop - start]."""
-        return sequence.slot_of[start:stop].copy()
+        slots: np.ndarray = self._tables.slots[sequence.index, start:stop].copy()
+        return slots
 
     # -- transactions ------------------------------------------------------------------------
 
@@ -199,16 +203,73 @@ class KVCache:
             CapacityError: Not enough blocks are free; nothing has changed.
             ValueError: A parent does not come before its child; nothing has changed.
         """
-        start, num_staged = sequence.num_cached + sequence.num_staged, sequence.num_staged
-        for node, parent in enumerate(parents, start=num_staged):
-            if not -1 <= parent < node:
-                raise ValueError(f"node {node} needs a parent in [-1, {node}); got {parent}")
-        self._reserve(sequence, start + len(parents))
-        for parent in parents:
-            depth = 0 if parent < 0 else sequence.depths[parent] + 1
-            sequence.parents.append(parent)
-            sequence.depths.append(depth)
-        return self.slots(sequence, start, start + len(parents))
+        packed = self.stage_all([sequence], [[0] * len(parents)], [parents])
+        return unpack(packed).new_slots
+
+    def stage_all(
+        self,
+        sequences: Sequence[CachedSequence],
+        token_ids: Sequence[Sequence[int]],
+        parents: Sequence[Sequence[int]],
+    ) -> np.ndarray:
+        """Stage new nodes of several sequences and lay out the pass that will fill them.
+
+        Args:
+            sequences: Open ones, each once.
+            token_ids: One per new node.
+            parents: As for `stage`.
+
+        Returns:
+            The packed layout, for `layout.unpack`.
+
+        Raises:
+            CapacityError: Not enough blocks are free; nothing has changed.
+            ValueError: A parent does not come before its child, or there are fewer or more token
+                ids than nodes; nothing has changed.
+        """
+        numbers: list[int] = []
+        num_rows = num_keys = num_staged = 0
+        try:
+            for sequence, nodes in zip(sequences, parents, strict=True):
+                num_cached, first, length = sequence.num_cached, sequence.num_staged, len(nodes)
+                num_positions = num_cached + first + length
+                if num_positions > len(sequence.blocks) * BLOCK_SIZE:
+                    self._reserve(sequence, num_positions)
+                if first + length > self._tables.parents.shape[1]:
+                    self._tables.widen_nodes(first + length)
+                sequence.num_staged = first + length
+                numbers += (sequence.index, num_cached, first, length)
+                num_rows += length
+                num_keys += num_positions
+                num_staged += first + length
+            num_segments, num_described = len(sequences), len(numbers)
+            for ids in token_ids:
+                numbers += ids
+            if len(numbers) != num_described + num_rows:
+                num_ids = len(numbers) - num_described
+                raise ValueError(f"{num_rows} nodes have a token id each; got {num_ids}")
+            for nodes in parents:
+                numbers += nodes
+            header = (num_segments, num_rows, num_keys, num_staged)
+            packed = np.empty(packed_size(*header), np.int64)
+            packed[:HEADER] = header
+            tables = self._tables
+            row = lay_out(
+                np.array(numbers, np.int64),
+                num_segments,
+                tables.slots,
+                tables.parents,
+                tables.depths,
+                packed,
+            )
+            if row >= 0:
+                raise _orphan(row, numbers[2:num_described:PER_SEGMENT], parents)
+        except BaseException:
+            for sequence, first in zip(sequences, numbers[2::PER_SEGMENT], strict=False):
+                sequence.num_staged = first
+                self._trim(sequence)
+            raise
+        return packed
 
     def commit(self, accepted: Sequence[tuple[CachedSequence, Sequence[int]]]) -> None:
         """Keep one path of staged nodes per sequence, in order from the top, and drop the rest.
@@ -219,32 +280,30 @@ class KVCache:
         Raises:
             ValueError: The nodes are no path from the last cached position downward.
         """
-        sources, targets = [], []
+        numbers: list[int] = []
         for sequence, nodes in accepted:
-            parent = -1
-            for node in nodes:
-                if not 0 <= node < sequence.num_staged or sequence.parents[node] != parent:
-                    raise ValueError(f"accepted nodes {list(nodes)} are not a path of the tree")
-                parent = node
-            moved = [(node, depth) for depth, node in enumerate(nodes) if node != depth]
-            if moved:
-                start = sequence.num_cached
-                slots = self.slots(sequence, start, start + sequence.num_staged)
-                sources.append(slots[[node for node, _ in moved]])
-                targets.append(slots[[depth for _, depth in moved]])
-        if sources:
-            self._move(np.concatenate(sources), np.concatenate(targets))
+            numbers += (sequence.index, sequence.num_cached, sequence.num_staged, len(nodes))
+        num_described = len(numbers)
+        for _, nodes in accepted:
+            numbers += nodes
+        moves = np.empty((2, len(numbers) - num_described), np.int64)
+        tables = self._tables
+        num_moves = choose_paths(
+            np.array(numbers, np.int64), len(accepted), tables.slots, tables.parents, moves
+        )
+        if num_moves < 0:
+            nodes = accepted[-1 - num_moves][1]
+            raise ValueError(f"accepted nodes {list(nodes)} are not a path of the tree")
+        if num_moves:
+            self._move(moves, num_moves)
         for sequence, nodes in accepted:
             sequence.num_cached += len(nodes)
             self.rollback(sequence)
 
     def rollback(self, sequence: CachedSequence) -> None:
         """Forget all staged nodes and free the blocks that only they used."""
-        sequence.parents.clear()
-        sequence.depths.clear()
-        num_needed = -(-sequence.num_cached // BLOCK_SIZE)
-        self._release(sequence.blocks[num_needed:])
-        del sequence.blocks[num_needed:]
+        sequence.num_staged = 0
+        self._trim(sequence)
 
     @contextmanager
     def speculate(self, sequences: Sequence[CachedSequence]) -> Iterator[KVCache]:
@@ -266,16 +325,23 @@ class KVCache:
                 f"{len(self._free)} of {self.num_blocks} are free",
                 hint="run fewer requests at once or raise kv_cache_tokens",
             )
+        tables = self._tables
+        if num_positions > tables.slots.shape[1]:
+            tables.widen_slots(num_positions)
         for _ in range(num_missing):
             block = heapq.heappop(self._free)
             self._references[block] = 1
             start = len(sequence.blocks) * BLOCK_SIZE
-            if start == len(sequence.slot_of):
-                spare = np.empty(max(start, 4 * BLOCK_SIZE), dtype=np.int64)
-                sequence.slot_of = np.concatenate((sequence.slot_of, spare))
             first = block * BLOCK_SIZE
-            sequence.slot_of[start : start + BLOCK_SIZE] = _OFFSETS + first
+            tables.slots[sequence.index, start : start + BLOCK_SIZE] = _OFFSETS + first
             sequence.blocks.append(block)
+
+    def _trim(self, sequence: CachedSequence) -> None:
+        """Free the blocks behind the last position."""
+        num_needed = -(-(sequence.num_cached + sequence.num_staged) // BLOCK_SIZE)
+        if num_needed < len(sequence.blocks):
+            self._release(sequence.blocks[num_needed:])
+            del sequence.blocks[num_needed:]
 
     def _release(self, blocks: Sequence[int]) -> None:
         for block in blocks:
@@ -283,17 +349,14 @@ class KVCache:
             if self._references[block] == 0:
                 heapq.heappush(self._free, block)
 
-    def _move(self, sources: np.ndarray, targets: np.ndarray) -> None:
-        if self._arrays:
-            for array in self._arrays:
-                array[:, targets] = array[:, sources]
-            return
-        source, target = (
-            torch.from_numpy(slots).to(self.device, non_blocking=True)
-            for slots in (sources, targets)
-        )
-        for pool in self._pools:
-            pool.index_copy_(1, target, pool.index_select(1, source))
+    def _move(self, moves: np.ndarray, num_moves: int) -> None:
+        """Copy from slots to slots, [2, >= num_moves]; no source comes after it as a target."""
+        for array in self._byte_pools:
+            move_slots(array, moves, num_moves)
+        if not self._byte_pools:
+            sources, targets = torch.from_numpy(moves[:, :num_moves]).to(self.device)
+            for pool in self._pools:
+                pool.index_copy_(1, targets, pool.index_select(1, sources))
 
     def check_integrity(self) -> None:
         """Check that every block is owned exactly as often as its count says.
@@ -319,3 +382,13 @@ class KVCache:
             raise RuntimeError("the free list holds a block twice or an owned block")
         if len(free) + sum(count > 0 for count in owners) != self.num_blocks:
             raise RuntimeError("a block is neither free nor owned")
+
+
+def _orphan(row: int, firsts: Sequence[int], parents: Sequence[Sequence[int]]) -> ValueError:
+    """Say which node does not come after its parent; `firsts` were staged before, per segment."""
+    segment = 0
+    while row >= len(parents[segment]):
+        row -= len(parents[segment])
+        segment += 1
+    node = firsts[segment] + row
+    return ValueError(f"node {node} needs a parent in [-1, {node}); got {parents[segment][row]}")

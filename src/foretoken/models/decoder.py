@@ -9,7 +9,7 @@ transformers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from foretoken.models.decoder_kernels import (
 )
 from foretoken.models.kernels import padded
 from foretoken.models.products import PANEL
-from foretoken.models.threads import run_together
+from foretoken.models.threads import entry_point, run_together
 
 # A second thread has to be woken for each pass, which takes longer than a small pass does.
 BYTES_PER_THREAD = 24 << 20
@@ -79,6 +79,7 @@ class CompiledDecoder:
         )
         self._buffers: tuple[np.ndarray, ...] = ()
         self._num_buffered = 0
+        self._run_pass: Callable[..., None] | None = None  # for the types of these weights
 
     def forward(
         self, batch: RaggedBatch, rows: Sequence[int], hidden_layers: Sequence[int]
@@ -93,7 +94,7 @@ class CompiledDecoder:
         arguments = (
             self._shape,
             self._weights,
-            batch.layout,
+            batch.packed,
             np.array(rows, np.int64),
             keys,
             values,
@@ -104,9 +105,11 @@ class CompiledDecoder:
             hidden,
             np.zeros(num_counters, np.int64),
         )
-        run_together(run_pass, arguments, self._num_threads(batch.num_rows))
+        if self._run_pass is None:
+            self._run_pass = entry_point(run_pass, arguments)
+        run_together(self._run_pass, arguments, self._num_threads(batch.num_rows))
         return ForwardOutput(
-            logits=torch.from_numpy(logits)[:, :vocab_size],
+            logits=torch.from_numpy(logits[:, :vocab_size]),
             hidden={
                 layer: torch.from_numpy(hidden[index]) for index, layer in enumerate(hidden_layers)
             },

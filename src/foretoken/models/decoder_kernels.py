@@ -13,6 +13,7 @@ import numpy as np
 
 from foretoken.core.jit import jit
 from foretoken.models import attention_kernels, kernels, llvm, simd, threads
+from foretoken.models.layout import unpack_compiled
 from foretoken.models.products import PANEL
 
 LANES = llvm.LANES
@@ -142,7 +143,7 @@ def _copy_rows(x, stride, out):
 def run_pass(
     shape,
     weights,
-    layout,
+    packed_layout,
     wanted,
     keys,
     values,
@@ -159,7 +160,7 @@ def run_pass(
     Args:
         shape: Sizes of the model.
         weights: Its parameters, matrices packed, layer after layer.
-        layout: The rows of the batch.
+        packed_layout: The rows of the batch, for `unpack`.
         wanted: Rows whose logits are wanted, [W].
         keys: Flat [L, slots, kv_heads, head_dim].
         values: The same.
@@ -173,6 +174,7 @@ def run_pass(
         num_threads: Threads that make this call.
     """
     x, qkv, mixed, projected, gate_up, activated = buffers
+    layout = unpack_compiled(packed_layout)
     num_rows, num_layers = len(layout.token_ids), len(weights.windows)
     num_segments = len(layout.num_cached)
     hidden, depth = shape.hidden, kernels.round_up(shape.hidden, 2)

@@ -58,6 +58,9 @@ def pack_module(module: PreTrainedModel, dtype: torch.dtype | None = None) -> No
             _pack_own_weights(parent, dtype)
     if dtype is not None:
         module.to(dtype)
+    for parameter in module.parameters():
+        # What lies in the checkpoint's mapping keeps all of it in memory, as a second copy.
+        parameter.data = parameter.data.clone()
 
 
 def _replacement(module: nn.Module, dtype: torch.dtype | None) -> nn.Module | None:

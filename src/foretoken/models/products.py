@@ -30,7 +30,7 @@ class _BFloat16Type(ir.Type):
         return hash(type(self))
 
 
-_PAIRS = ir.VectorType(_BFloat16Type(), 2 * LANES)
+BFLOAT16_PAIRS = ir.VectorType(_BFloat16Type(), 2 * LANES)
 HAS_BFLOAT16_PRODUCTS = bool(get_host_cpu_features().get("avx512bf16", False))
 
 
@@ -161,7 +161,7 @@ def _add_pairs(builder: Any, x_at: Any, w_at: Any, cells: Any) -> None:
         for weight, cell in zip(weights, line, strict=True):
             so_far = builder.load(cell)
             if HAS_BFLOAT16_PRODUCTS:
-                both = [builder.bitcast(bits, _PAIRS) for bits in (factors, weight)]
+                both = [builder.bitcast(bits, BFLOAT16_PAIRS) for bits in (factors, weight)]
                 name = "llvm.x86.avx512bf16.dpbf16ps.512"
                 so_far = llvm.call(builder, name, llvm.FLOATS, [so_far, *both])
             else:

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any
 
+import numba
 from numba.core import types
 from numba.extending import intrinsic
 
@@ -72,6 +73,21 @@ def meet(state, num_arrivals):
 @lru_cache(maxsize=1)
 def _workers(num_workers: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(num_workers, thread_name_prefix="foretoken")
+
+
+def entry_point(function: Callable[..., None], arguments: tuple[Any, ...]) -> Callable[..., None]:
+    """Return the code of a compiled function for the types of some arguments.
+
+    Calling it leaves out the search for the code that fits, which costs more than the call
+    itself where arguments are named tuples. Arrays of another type are still refused.
+
+    Args:
+        function: As for `run_together`.
+        arguments: Likewise.
+    """
+    compiled: Any = function
+    code: Callable[..., None] = compiled.compile(tuple(map(numba.typeof, (*arguments, 1))))
+    return code
 
 
 def run_together(
