@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=100)
     args = parser.parse_args()
     llm = LLM(args.model, drafters=f"draft-model:path={args.draft}", max_nodes=8)
-    for temperature in (1.0, 0.7):
+    for temperature in (0.0, 1.0, 0.7):
         for race_temperature in (0.15, 0.3, 0.5, 0.7, 1.0):
             draft_model.RACE_TEMPERATURE = race_temperature
             params = [

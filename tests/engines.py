@@ -7,7 +7,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from foretoken.core.draft import Draft
+from foretoken.core.draft import Draft, SiblingDraw
 from foretoken.core.params import SamplingParams
 from foretoken.core.tree import TokenTree
 from foretoken.drafters.base import DrafterHost, DrafterNeeds
@@ -91,6 +91,8 @@ class ScriptedDrafter:
     Args:
         draft: Maps a context to a `Draft`, a `TokenTree` or a list of tokens after the root.
     """
+
+    draws = frozenset({SiblingDraw.DETERMINISTIC})
 
     def __init__(self, draft, name="scripted"):
         self.needs = DrafterNeeds()

@@ -84,16 +84,129 @@ def test_every_sampling_option_reaches_the_request(generate, monkeypatch):
     options = {
         "max_new_tokens": 3, "temperature": 0.5, "top_k": 9, "top_p": 0.9, "min_p": 0.1,
         "repetition_penalty": 1.5, "presence_penalty": 0.25, "frequency_penalty": -0.5, "seed": 11,
+        "min_new_tokens": 2, "typical_p": 0.8, "top_h": 0.7, "epsilon_cutoff": 0.01,
+        "eta_cutoff": 0.02, "no_repeat_ngram_size": 3, "logprobs": 2, "prompt_logprobs": 1,
+        "logprobs_mode": "processed", "regex": "[a-z]+",
+    }  # fmt: skip
+    by_json = {
+        "sequence_bias": [[[7, 8], -1.5]], "bad_words_ids": [[42], [7, 8]],
+        "allowed_token_ids": list(range(200)), "suppress_tokens": [3, 4],
     }  # fmt: skip
     arguments = [
-        text for name, value in options.items() for text in (f"--{name.replace('_', '-')}", value)
+        text
+        for name, value in {
+            **options,
+            **{key: json.dumps(value) for key, value in by_json.items()},
+            "logit_bias": '{"4": -2}',
+        }.items()
+        for text in (f"--{name.replace('_', '-')}", value)
     ]
-    result = generate("a", *arguments, "--stop", "x", "--stop", "yz", "--logit-bias", '{"4": -2}')
+    more = ("--stop", "x", "--stop", "yz", "--stop-token-id", 5, "--stop-token-id", 6)
+    result = generate("a", *arguments, *more, "--ignore-eos", "--format", "json")
     assert result.code == 0, result.err
     [params] = seen
     assert {name: getattr(params, name) for name in options} == options
     assert params.stop == ("x", "yz")
     assert params.logit_bias == {4: -2.0}
+    assert params.sequence_bias == (((7, 8), -1.5),)
+    assert params.bad_words_ids == ((42,), (7, 8))
+    assert params.allowed_token_ids == tuple(range(200))
+    assert params.suppress_tokens == (3, 4)
+    assert params.stop_token_ids == (5, 6)
+    assert params.ignore_eos
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("--json-schema", '{"type": "boolean"}'), ("--json-schema", "FILE"), ("--grammar", "FILE")],
+    ids=["schema", "schema file", "grammar file"],
+)
+def test_structured_output(generate, tmp_path, arguments):
+    option, value = arguments
+    if value == "FILE":
+        value = tmp_path / "structure"
+        is_schema = option == "--json-schema"
+        value.write_text('{"type": "boolean"}' if is_schema else 'start: "true" | "false"')
+    result = generate("Is it?", option, value, "--max-new-tokens", 9, "--format", "json")
+    assert result.code == 0, result.err
+    [record] = records(result.out)
+    assert record["text"].strip() in ("true", "false")
+
+
+def test_log_probabilities_of_output_and_prompt(generate):
+    asked = ("--logprobs", 2, "--prompt-logprobs", 0, "--format", "json")
+    result = generate("Once", "--max-new-tokens", 3, *asked, "--suppress-tokens", "[3]")
+    [record] = records(result.out)
+    entries = record["logprobs"]
+    assert [entry["id"] for entry in entries] == record["token_ids"]
+    assert [len(entry["top_logprobs"]) for entry in entries] == [2, 2, 2]
+    assert all(entry["logprob"] <= 0 for entry in entries)
+    assert "".join(entry["token"] for entry in record["prompt_logprobs"]) == "nce"
+    processed = generate(
+        "Once", "--max-new-tokens", 1, *asked, "--allowed-token-ids", "[3]",
+        "--logprobs-mode", "processed",
+    )  # fmt: skip
+    [entry] = records(processed.out)[0]["logprobs"]
+    assert (entry["id"], entry["logprob"]) == (3, 0)
+    assert [other["logprob"] for other in entry["top_logprobs"]] == [0, -9999]
+
+
+def test_log_probabilities_need_json(generate):
+    result = generate("Once", "--logprobs", 1)
+    assert result.code == 2
+    assert result.err == (
+        "error: log-probabilities are written as JSON only; the format is text\n"
+        "hint: add --format json\n"
+    )
+
+
+@pytest.mark.parametrize("format_name", ["text", "json"])
+def test_a_request_that_fails_leaves_the_others_whole(generate, tmp_path, format_name):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(
+        '{"prompt": "one", "no_repeat_ngram_size": 1, "allowed_token_ids": [65, 66]}\n'
+        '{"prompt": "two"}\n'
+    )
+    result = generate("--input", prompts, "--max-new-tokens", 5, "--format", format_name)
+    assert result.code == 1
+    error, hint = result.err.splitlines()[-2:]
+    assert error.startswith(f"error: {prompts}, line 1: no token is left to choose after 5 tokens")
+    assert hint == "hint: relax a control"
+    if format_name == "json":
+        failed, whole = records(result.out)
+        assert failed["finish_reason"] == "error"
+        assert sorted(failed["token_ids"]) == [65, 66]
+        assert "no token is left" in failed["error"]["message"]
+        assert whole["finish_reason"] == "length"
+        assert "error" not in whole
+
+
+def test_one_streamed_request_that_fails(generate):
+    banned = ("--no-repeat-ngram-size", 1, "--allowed-token-ids", "[65, 66]")
+    result = generate("one", "--max-new-tokens", 5, *banned)
+    assert result.code == 1
+    assert result.out.startswith("one")
+    assert result.err.splitlines()[-2].startswith("error: no token is left to choose after 5 ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--bad-words-ids", "[1"), "error: --bad-words-ids is not JSON"),
+        (("--bad-words-ids", "[1]"), "error: bad_words_ids is a list of non-empty lists"),
+        (("--json-schema", "nowhere.json"), "error: schema file 'nowhere.json' cannot be read"),
+        (("--grammar", "nowhere.lark"), "error: grammar file 'nowhere.lark' cannot be read"),
+        (("--regex", "a", "--json-schema", "{}"), "error: at most one of json_schema, regex, lark"),
+        (("--min-new-tokens", "9", "--max-new-tokens", "8"), "error: min_new_tokens is at most"),
+        (("--suppress-tokens", "[999]"), "error: token id 999 in suppress_tokens is outside"),
+    ],
+)
+def test_wrong_controls_are_two_lines(generate, arguments, message):
+    result = generate("Once", *arguments)
+    assert result.code == 2
+    error, hint = result.err.splitlines()
+    assert error.startswith(message)
+    assert hint.startswith("hint: ")
 
 
 def test_draft_model_and_plan(generate, models_on_disk, tmp_path):
@@ -397,14 +510,22 @@ def test_numbers_out_of_range(generate, tmp_path, option, value):
         (["a", "--stop", ""], "stop holds texts of at least one character", "leave"),
         (["a", "--logit-bias", "{{1: 2"], "--logit-bias is not JSON", "write it as"),
         (["a", "--logit-bias", "[1]"], "logit_bias maps token ids", "write it as"),
-        (["a", "--logit-bias", '{{"999": 1}}'], "token id 999 is outside", "logit_bias"),
+        (
+            ["a", "--logit-bias", '{{"999": 1}}'],
+            "token id 999 in logit_bias is outside",
+            "logit_bias",
+        ),
         (["a", "--plan", "{tmp}/missing"], "cannot be read: No such file", "check the path"),
         (["a", "--plan", "{tmp}/list.json"], "holds a JSON list", "write"),
         (["a", "--plan", "{tmp}/typo.json"], "unknown plan entry 'drafter'", "'drafters'"),
         (["a", "--plan", "{tmp}/bad.json"], "drafters are a list of texts", "auto"),
         (["a" * 128], "the prompt has 128 tokens", "shorten"),
         (["a", "b" * 200], "prompt 2: the prompt has 200 tokens", "shorten"),
-        (["--input", "{tmp}/ids.jsonl"], "ids.jsonl, line 2: token id 999 is outside", "check"),
+        (
+            ["--input", "{tmp}/ids.jsonl"],
+            "ids.jsonl, line 2: token id 999 in the prompt is outside",
+            "check",
+        ),
         (["--input", "{tmp}/typo.jsonl"], "typo.jsonl, line 1: unknown key", "'temperature'"),
         (["--input", "{tmp}/missing.txt"], "missing.txt cannot be read", "check the path"),
         ([], "there is no prompt", "--input"),

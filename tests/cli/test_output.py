@@ -2,7 +2,9 @@
 
 import errno
 import json
+import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,9 +14,10 @@ from foretoken.cli.errors import FileError
 from foretoken.cli.output import FileSink, OrderedWriter, StdoutSink, as_json, as_text
 from foretoken.core.verdict import Exactness
 from foretoken.engine.llm import RequestOutput
+from foretoken.engine.logprobs import TokenLogprobs
 from foretoken.engine.request import FinishReason
 from foretoken.engine.stats import RequestStats
-from foretoken.errors import ConfigError
+from foretoken.errors import ConfigError, RequestError
 
 
 def output(index, text="b"):
@@ -180,3 +183,40 @@ def test_a_broken_pipe_is_not_an_error_of_ours(monkeypatch):
     monkeypatch.setattr(sys, "stdout", SimpleNamespace(write=write))
     with pytest.raises(BrokenPipeError):
         StdoutSink().write("x")
+
+
+def test_log_probabilities_are_valid_json():
+    entries = [
+        TokenLogprobs(2, -0.5, ((2, -0.5), (5, -1.5))),
+        TokenLogprobs(3, -math.inf, ((2, 0.0),)),
+    ]
+    result = replace(output(0), logprobs=entries, prompt_logprobs=[])
+    record = json.loads(as_json(result, lambda ids: f"<{ids[0]}>"), parse_constant=pytest.fail)
+    assert record["logprobs"] == [
+        {
+            "token": "<2>",
+            "id": 2,
+            "logprob": -0.5,
+            "top_logprobs": [
+                {"token": "<2>", "id": 2, "logprob": -0.5},
+                {"token": "<5>", "id": 5, "logprob": -1.5},
+            ],
+        },
+        {
+            "token": "<3>",
+            "id": 3,
+            "logprob": -9999.0,
+            "top_logprobs": [{"token": "<2>", "id": 2, "logprob": 0.0}],
+        },
+    ]
+    assert record["prompt_logprobs"] == []
+    assert json.loads(as_json(result))["logprobs"][0]["token"] == ""
+
+
+def test_a_failed_request_says_why():
+    error = RequestError("no token is left", hint="relax a control")
+    result = replace(output(0), finish_reason=FinishReason.ERROR, error=error)
+    record = json.loads(as_json(result))
+    assert record["finish_reason"] == "error"
+    assert record["error"] == {"message": "no token is left", "hint": "relax a control"}
+    assert record["token_ids"] == [2, 3]

@@ -1,6 +1,7 @@
 """Prompts from arguments, text files and JSON lines."""
 
 import io
+import json
 
 import pytest
 
@@ -126,3 +127,34 @@ def test_a_folder_is_no_input(tmp_path):
     folder.mkdir()
     with pytest.raises(FileError, match="cannot be read: Is a directory"):
         read_jobs([], str(folder), {})
+
+
+def test_lines_take_every_control(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    values = {
+        "bad_words_ids": [[1, 2]],
+        "sequence_bias": [[[3, 4], 0.5]],
+        "stop_token_ids": [5],
+        "min_new_tokens": 2,
+        "json_schema": {"type": "object"},
+        "logprobs": 3,
+    }
+    path.write_text(json.dumps({"prompt": "a", **values}))
+    [job] = read_jobs([], str(path), {})
+    assert job.params == SamplingParams(**values)
+    assert json.loads(job.params.json_schema) == {"type": "object"}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"logits_processors": ["f"]}, "line 1: logits_processors is a list of functions"),
+        ({"regex": "a", "lark": "b"}, "line 1: at most one of json_schema, regex, lark"),
+        ({"min_new_tokens": 300}, "line 1: min_new_tokens is at most max_new_tokens"),
+    ],
+)
+def test_lines_with_wrong_controls_are_named(tmp_path, values, message):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(json.dumps({"prompt": "a", **values}))
+    with pytest.raises(ConfigError, match=message):
+        read_jobs([], str(path), {})

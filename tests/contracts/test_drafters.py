@@ -2,16 +2,19 @@
 
 import math
 import random
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
-from foretoken.core.draft import DraftBudget
+from foretoken.core.draft import DraftBudget, SiblingDraw
 from foretoken.core.options import ComponentSpec
 from foretoken.core.sampling import Sampler
 from foretoken.core.tree import ROOT
 from foretoken.core.verdict import FinalKind, Verdict
 from foretoken.drafters import DRAFTERS, prepare_drafter
 from foretoken.drafters.base import DraftContext, DrafterNeeds, RequestView, Taxonomy
+from foretoken.drafters.datastore import Datastore
 from foretoken.models.loading import load_model
 from tests.engines import (
     check_idle,
@@ -23,7 +26,7 @@ from tests.engines import (
     plain_ids,
     sampled,
 )
-from tests.fakes import build_module, tiny_config
+from tests.fakes import ASCII_ALPHABET, ByteTokenizer, build_module, tiny_config
 
 VOCAB_SIZE = 41
 SIZES = {
@@ -33,13 +36,36 @@ SIZES = {
     "num_hidden_layers": 2,
 }
 
+TOKENIZER = ByteTokenizer(b"?" + ASCII_ALPHABET[: VOCAB_SIZE - 1])
+
+
+def write_reference(folder):
+    """Write a text with which the texts of this suite have runs in common."""
+    path = folder / "reference.txt"
+    token_ids = random_text(random.Random(0), 300)
+    path.write_text(TOKENIZER.decode(token_ids), encoding="utf-8")
+    return str(path)
+
+
+def write_datastore(folder):
+    path = folder / "datastore"
+    texts = [random_text(random.Random(seed)) for seed in range(40)]
+    Datastore.build(texts).save(path, TOKENIZER)
+    return str(path)
+
+
 # Name: least options, made from a directory that holds a model of the target's tokens.
 OPTIONS = {
     "none": lambda folder: {},
     "prompt-lookup": lambda folder: {},
     "draft-model": lambda folder: {"path": str(folder)},
+    "forced": lambda folder: {},
+    "suffix": lambda folder: {},
+    "reference": lambda folder: {"path": write_reference(folder)},
+    "rest": lambda folder: {"path": write_datastore(folder)},
 }
 PARAMS = {"greedy": greedy(12), "sampled": sampled(12, seed=5, temperature=0.7, top_k=12)}
+SAMPLES = (SiblingDraw.IID, SiblingDraw.WITHOUT_REPLACEMENT)
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +86,31 @@ def name(request):
     return request.param
 
 
+# Every drafter with every way in which it can draw siblings.
+WAYS = [
+    pytest.param((name, way), id=f"{name}-{way.value}")
+    for name in sorted(OPTIONS)
+    for way in SiblingDraw
+    if way in DRAFTERS.load(name).draws
+]
+
+
+@pytest.fixture(params=WAYS)
+def way(request):
+    return request.param
+
+
+@pytest.fixture
+def way_drafter(way, folder, target):
+    spec = ComponentSpec(way[0], OPTIONS[way[0]](folder))
+    return prepare_drafter(spec)(make_host(target, tokenizer=TOKENIZER))
+
+
 @pytest.fixture
 def build(name, folder, target):
-    return lambda: prepare_drafter(ComponentSpec(name, OPTIONS[name](folder)))(make_host(target))
+    return lambda: prepare_drafter(ComponentSpec(name, OPTIONS[name](folder)))(
+        make_host(target, tokenizer=TOKENIZER)
+    )
 
 
 @pytest.fixture
@@ -70,12 +118,17 @@ def drafter(build):
     return build()
 
 
-def make_context(token_ids, *, request_id="r", params=PARAMS["greedy"], max_nodes=8, max_depth=8):
+def make_context(
+    token_ids, *, request_id="r", params=PARAMS["greedy"], siblings=None, place=0, **budget
+):
+    siblings = siblings or (SiblingDraw.DETERMINISTIC if params.is_greedy else SiblingDraw.COUPLED)
     return DraftContext(
         request_id=request_id,
         token_ids=token_ids,
         sampler=Sampler(params, params.seed or 0, 3),
-        budget=DraftBudget(max_nodes=max_nodes, max_depth=max_depth),
+        budget=DraftBudget(**{"max_nodes": 8, "max_depth": 8, **budget}),
+        siblings=siblings,
+        drafter_index=place,
     )
 
 
@@ -91,22 +144,20 @@ def start(drafter, token_ids, request_id="r"):
 def propose_fresh(drafter, context, request_id="fresh"):
     """Return the draft for a context as if its whole text were a new prompt."""
     start(drafter, context.token_ids, request_id)
-    fresh = make_context(
-        context.token_ids,
-        request_id=request_id,
-        max_nodes=context.budget.max_nodes,
-        max_depth=context.budget.max_depth,
-    )
-    object.__setattr__(fresh, "sampler", context.sampler)
-    [draft] = drafter.propose([fresh])
+    [draft] = drafter.propose([replace(context, request_id=request_id)])
     drafter.stop(request_id)
     return draft
+
+
+def nodes_drawn(draft):
+    return {node: [group.nodes for group in groups] for node, groups in draft.draws.items()}
 
 
 def assert_same_draft(draft, other):
     assert draft.tree.token_ids == other.tree.token_ids
     assert draft.tree.parents == other.tree.parents
     assert (draft.siblings, draft.source) == (other.siblings, other.source)
+    assert nodes_drawn(draft) == nodes_drawn(other)
     # The same numbers, from passes of other shapes: float64 up to its last bits.
     assert draft.draft_logprobs == pytest.approx(other.draft_logprobs, rel=1e-9, abs=1e-9)
 
@@ -214,6 +265,88 @@ def test_proposing_again_without_commit_gives_the_same_draft(drafter):
     [first] = drafter.propose([make_context(text)])
     [second] = drafter.propose([make_context(text)])
     assert_same_draft(first, second)
+
+
+# -- ways of drawing -------------------------------------------------------------------------
+
+
+def propose_sampled(drafter, way, text, *, seed=5, place=0, **budget):
+    """Return the draft of a text for a sampled request, drawn in a way."""
+    params = sampled(12, seed=seed, temperature=0.9, top_k=20)
+    start(drafter, text)
+    context = make_context(text, params=params, siblings=way[1], place=place, **budget)
+    [draft] = drafter.propose([context])
+    drafter.stop("r")
+    return draft
+
+
+@pytest.mark.parametrize("max_nodes", [1, 3, 8])
+@pytest.mark.parametrize("max_width", [None, 1, 2])
+def test_every_way_keeps_to_the_budget_and_says_what_it_was(way, way_drafter, max_width, max_nodes):
+    rng = random.Random(max_nodes)
+    for _ in range(4):
+        budget = {"max_nodes": max_nodes, "max_depth": 4, "max_width": max_width}
+        draft = propose_sampled(way_drafter, way, random_text(rng), **budget)
+        assert draft.tree.num_draft_tokens <= max_nodes
+        assert max(draft.tree.depths) <= 4
+        assert max_width is None or max(map(len, draft.tree.children)) <= max_width
+        assert not draft.tree.num_draft_tokens or draft.siblings is way[1]
+        assert len(draft.tree.sequences) == len(draft.tree)
+        assert draft.prune(max_nodes) == draft
+
+
+def test_samples_come_with_their_draws_and_nothing_else_does(way, way_drafter):
+    draft = propose_sampled(way_drafter, way, random_text(random.Random(1)), max_nodes=12)
+    if way[1] not in SAMPLES:
+        assert not draft.draws
+        return
+    assert draft.draws or way[0] == "none"
+    for node, children in enumerate(draft.tree.children):
+        groups = draft.draws.get(node, ())
+        assert {child for group in groups for child in group.nodes} == set(children)
+        for group in groups:
+            drawn = [draft.tree.token_ids[child] for child in group.nodes]
+            assert group.probs.shape == (VOCAB_SIZE,)
+            assert group.probs.dtype == np.float64
+            assert group.probs.sum() == pytest.approx(1, abs=1e-12)
+            assert (group.probs[drawn] > 0).all()
+            if way[1] is SiblingDraw.WITHOUT_REPLACEMENT:
+                assert len(set(drawn)) == len(drawn)
+    num_draws = sum(len(group.nodes) for groups in draft.draws.values() for group in groups)
+    assert num_draws >= draft.tree.num_draft_tokens
+
+
+def test_every_way_is_the_same_alone_in_a_batch_and_again(way, way_drafter):
+    rng = random.Random(11)
+    params = sampled(12, seed=3, temperature=0.9)
+    contexts = []
+    for index in range(4):
+        text = random_text(rng)
+        start(way_drafter, text, f"r{index}")
+        contexts.append(
+            make_context(
+                text, request_id=f"r{index}", params=params, siblings=way[1], max_nodes=3 + index
+            )
+        )
+    together = way_drafter.propose(contexts)
+    for context, draft, again in zip(
+        contexts, together, way_drafter.propose(contexts), strict=True
+    ):
+        assert_same_draft(draft, again)
+        assert_same_draft(draft, propose_fresh(way_drafter, context))
+
+
+def test_samples_depend_on_seed_position_and_place_among_the_drafters(way, way_drafter):
+    if way[1] not in SAMPLES or way[0] == "none":
+        pytest.skip("samples nothing")
+    text = random_text(random.Random(3), 12)
+    options = [{}, {"seed": 6}, {"place": 1}]
+    trees = [propose_sampled(way_drafter, way, text, **more).tree for more in options]
+    assert len(set(trees)) == 3
+    # The same last token and model state at another position: other samples.
+    texts = [[4] * count for count in range(3, 9)]
+    firsts = {propose_sampled(way_drafter, way, text).tree.token_ids[1] for text in texts}
+    assert len(firsts) > 1
 
 
 # -- commits ---------------------------------------------------------------------------------

@@ -2,11 +2,19 @@
 
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from foretoken.core.draft import Draft, DraftBudget, SiblingDraw, merge_drafts
+from foretoken.core.draft import (
+    Draft,
+    DraftBudget,
+    Draws,
+    SiblingDraw,
+    merge_drafts,
+    source_names,
+)
 from foretoken.core.tree import TokenTree
 from tests.fakes import token_trees
 
@@ -90,12 +98,35 @@ def test_merge_keeps_every_node_with_its_best_estimate(some):
     assert by_sequence(merged, merged.draft_logprobs) == best
 
 
-@given(drafts(name="first"), drafts(name="second"))
-def test_merge_names_the_first_drafter_of_a_node(first, second):
-    merged = merge_drafts([first, second])
-    for sequence, name in by_sequence(merged, merged.source).items():
-        expected = "first" if sequence in first.tree.sequences else "second"
-        assert name == ("" if sequence == (5,) else expected)
+@given(drafts(name="first"), drafts(name="second"), drafts(name="first"))
+def test_merge_keeps_all_names_of_a_node(first, second, again):
+    merged = merge_drafts([first, second, again])
+    for sequence, source in by_sequence(merged, merged.source).items():
+        is_first = sequence in first.tree.sequences | again.tree.sequences
+        expected = ["first"] * is_first + ["second"] * (sequence in second.tree.sequences)
+        if sequence not in first.tree.sequences:
+            expected = expected[::-1]  # in the order of the drafts
+        assert source_names(source) == ([] if sequence == (5,) else expected)
+
+
+def test_names_of_a_merged_draft_can_be_merged_again():
+    chain = TokenTree.chain([5, 1])
+    parts = [Draft.from_drafter(name, chain) for name in ("a", "b", "c")]
+    merged = merge_drafts([merge_drafts(parts[:2]), merge_drafts([parts[1], parts[2]])])
+    assert merged.source == ("", "a+b+c")
+
+
+@given(st.lists(drafts(), min_size=1, max_size=3))
+def test_merge_orders_nodes_by_level(some):
+    depths = merge_drafts(some).tree.depths
+    assert list(depths) == sorted(depths)
+
+
+def test_a_bound_does_not_starve_the_later_of_equally_sure_drafters():
+    """Nodes used to be in the order of the drafters, and a bound cut the last one's first."""
+    chains = [TokenTree.chain([5, *[token_id] * 4]) for token_id in (1, 2)]
+    drafts = [Draft.from_drafter(name, tree) for name, tree in zip("ab", chains, strict=True)]
+    assert merge_drafts(drafts).prune(4).source == ("", "a", "b", "a", "b")
 
 
 @pytest.mark.parametrize(
@@ -116,3 +147,109 @@ def test_merge_of_unlike_draws_counts_as_deterministic(draws, expected):
 def test_empty_drafts_have_no_say_in_how_siblings_were_drawn():
     drawn = Draft.from_drafter("drafter", TokenTree.chain([5, 1]), siblings=SiblingDraw.IID)
     assert merge_drafts([Draft.empty(5), drawn]).siblings is SiblingDraw.IID
+
+
+# -- samples ---------------------------------------------------------------------------------
+
+PROBS = np.array([0.5, 0.25, 0.25])
+
+
+def sampled_draft(name="drafter", siblings=SiblingDraw.IID, probs=PROBS):
+    """Return a draft with duplicates: three draws at the root, two below each of its children.
+
+    5 ─ 0 ─ 1    drawn 0, 2, 0 at the root; 1, 1 below 0; 0, 2 below 2
+      └ 2 ─ 0
+          └ 2
+    """
+    tree = TokenTree((5, 0, 2, 1, 0, 2), (-1, 0, 0, 1, 2, 2))
+    draws = {
+        0: (Draws(nodes=(1, 2, 1), probs=probs),),
+        1: (Draws(nodes=(3, 3), probs=probs),),
+        2: (Draws(nodes=(4, 5), probs=probs),),
+    }
+    return Draft.from_drafter(name, tree, siblings=siblings, draws=draws)
+
+
+def drawn_tokens(draft):
+    """Return the drawn token ids at each node, by its sequence, per drafter."""
+    tree = draft.tree
+    return {
+        tree.sequence(node)[1:]: [
+            tuple(tree.token_ids[child] for child in group.nodes) for group in groups
+        ]
+        for node, groups in draft.draws.items()
+    }
+
+
+def test_draws_make_children_of_their_node():
+    draws = {0: (Draws(nodes=(2,), probs=PROBS),)}
+    with pytest.raises(ValueError, match=r"draws at node 0 make its children \(1,\); got \[2\]"):
+        Draft.from_drafter("it", TokenTree.chain([5, 0, 1]), draws=draws)
+
+
+def test_draws_are_equal_when_their_nodes_and_numbers_are():
+    draws = Draws(nodes=(1, 2), probs=PROBS)
+    assert draws == Draws(nodes=(1, 2), probs=PROBS.copy())
+    assert hash(draws) == hash(Draws(nodes=(1, 2), probs=PROBS.copy()))
+    assert draws != Draws(nodes=(2, 1), probs=PROBS)
+    assert draws != Draws(nodes=(1, 2), probs=PROBS[::-1])
+    assert draws != "draws"
+
+
+@pytest.mark.parametrize(
+    ("max_nodes", "expected"),
+    [
+        (0, {}),
+        (1, {(): [(0,)]}),
+        # Two draws for two nodes; nothing is left for the next level.
+        (2, {(): [(0, 2)]}),
+        # Three draws, one of them a repetition, so one node is left: the first child gets it.
+        (3, {(): [(0, 2, 0)], (0,): [(1,)]}),
+        (4, {(): [(0, 2, 0)], (0,): [(1,)], (2,): [(0,)]}),
+        (5, {(): [(0, 2, 0)], (0,): [(1, 1)], (2,): [(0,)]}),
+        (6, {(): [(0, 2, 0)], (0,): [(1, 1)], (2,): [(0, 2)]}),
+    ],
+)
+def test_prune_keeps_the_earliest_draws_level_by_level(max_nodes, expected):
+    """Five nodes do not fit five: the draws could have made more, and that is what counts."""
+    pruned = sampled_draft().prune(max_nodes)
+    assert drawn_tokens(pruned) == expected
+    assert pruned.tree.num_draft_tokens <= max_nodes
+    assert pruned.siblings is SiblingDraw.IID
+
+
+def test_prune_does_not_ask_how_many_nodes_there_are_but_how_many_draws():
+    same = TokenTree.chain([5, 0])
+    draws = {0: (Draws(nodes=(1, 1), probs=PROBS),)}
+    draft = Draft.from_drafter("it", same, siblings=SiblingDraw.IID, draws=draws)
+    assert draft.prune(1).draws[0][0].nodes == (1,)
+    assert draft.prune(2) is draft
+
+
+def test_merge_keeps_the_draws_of_each_drafter_at_a_node():
+    other_probs = PROBS[::-1].copy()
+    merged = merge_drafts([sampled_draft("a"), sampled_draft("b", probs=other_probs)])
+    assert merged.siblings is SiblingDraw.IID
+    assert drawn_tokens(merged) == {
+        (): [(0, 2, 0)] * 2,
+        (0,): [(1, 1)] * 2,
+        (2,): [(0, 2)] * 2,
+    }
+    for groups in merged.draws.values():
+        np.testing.assert_array_equal(groups[0].probs, PROBS)
+        np.testing.assert_array_equal(groups[1].probs, other_probs)
+    assert set(merged.source[1:]) == {"a+b"}
+
+
+def test_a_bound_takes_draws_of_every_drafter_in_turn():
+    merged = merge_drafts([sampled_draft("a"), sampled_draft("b")])
+    assert drawn_tokens(merged.prune(2)) == {(): [(0,), (0,)], (0,): [(1,)]}
+
+
+def test_samples_drawn_in_different_ways_lose_their_draws():
+    other = sampled_draft("b", siblings=SiblingDraw.WITHOUT_REPLACEMENT)
+    merged = merge_drafts([sampled_draft("a"), other])
+    assert (merged.siblings, merged.draws) == (SiblingDraw.DETERMINISTIC, {})
+    copied = Draft.from_drafter("c", TokenTree.chain([5, 1]))
+    assert merge_drafts([sampled_draft("a"), copied]).draws == {}
+    assert merge_drafts([sampled_draft("a"), Draft.empty(5)]).draws

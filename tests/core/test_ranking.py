@@ -127,12 +127,12 @@ def test_race_winner_takes_the_lowest_of_equal_entries():
 def test_best_in_race_ranks_each_row_by_its_own_request():
     logits = random_rows(5, 300)
     noise = gumbel_noise(5, [3, 9], 300, CPU)
-    race = RaceRows((1.0, 0.7, 0.7, 1.0, 2.0), (0.5, 0.5, 0.5, 1.0, 0.3), (1, 0, 0, -1, 1), noise)
+    race = RaceRows((1.0, 0.7, 0.7, 1.0, 2.0), 0.4, (1, 0, 0, -1, 1), noise)
     ids, logprobs = best_in_race(logits, 4, race)
     for row, temperature in enumerate(race.temperatures):
         scores = (logits[row] / temperature).double()
         if race.noise_of[row] >= 0:
             scores = scores + noise[race.noise_of[row]]
-        expected = expected_best(scores.unsqueeze(0), 4, race.race_temperatures[row])
+        expected = expected_best(scores.unsqueeze(0), 4, race.race_temperature)
         assert ids[row] == expected[0][0]
         assert logprobs[row] == pytest.approx(expected[1][0], abs=ESTIMATE)

@@ -1,42 +1,26 @@
-"""Sampling: each control equals transformers' processor, and choices follow the distribution."""
+"""Sampling: choices follow the distribution of the controls, and failures end nobody else."""
 
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import (
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
-    SequenceBiasLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
-from foretoken.core import sampling
+from foretoken.core import edits, ranking, sampling, warpers
 from foretoken.core.noise import gumbel_noise
 from foretoken.core.params import SamplingParams
-from foretoken.core.sampling import (
-    Frontier,
-    Sampler,
-    best_guesses,
-    build_processors,
-    build_warpers,
-)
+from foretoken.core.sampling import Frontier, Sampler, best_guesses
+from foretoken.errors import RequestError
+from tests.controls import CyclicGrammar, their_processors, warped_by_them, warper_controls
 from tests.goodness import FALSE_FAILURE, fit_probability
 
 VOCAB_SIZE = 40
 TOKEN_IDS = st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=1, max_size=12)
 SEEDS = st.integers(0, 2**32 - 1)
 DTYPES = st.sampled_from([torch.float32, torch.float64])
-# Values that float32 holds exactly, as transformers keeps biases in it.
-BIASES = st.dictionaries(
-    st.integers(0, VOCAB_SIZE - 1), st.integers(-64, 64).map(lambda n: n / 8), min_size=1
-)
 
 
 def random_logits(seed, dtype=torch.float32, shape=(VOCAB_SIZE,)):
@@ -45,152 +29,11 @@ def random_logits(seed, dtype=torch.float32, shape=(VOCAB_SIZE,)):
     return (torch.randn(shape, generator=generator, dtype=torch.float64) * 3).to(dtype)
 
 
-def apply_theirs(processors, token_ids, logits):
-    """Run transformers' processors on one row."""
-    return processors(torch.tensor([token_ids]), logits.unsqueeze(0).clone())[0]
-
-
-def apply_ours(params, token_ids, logits):
-    """Run all controls of `params` on one row, the whole of `token_ids` being the prompt."""
-    for process in build_processors(params):
-        logits = process(logits, token_ids, len(token_ids))
-    for warp in build_warpers(params):
-        logits = warp(logits)
-    return logits
-
-
-# -- each control alone ----------------------------------------------------------------------
-
-
-@given(SEEDS, DTYPES, BIASES, TOKEN_IDS)
-def test_logit_bias_equals_transformers_sequence_bias(seed, dtype, bias, token_ids):
-    logits = random_logits(seed, dtype)
-    ours = sampling.logit_bias(bias)(logits, token_ids, 0)
-    theirs = SequenceBiasLogitsProcessor({(key,): value for key, value in bias.items()})
-    assert torch.equal(ours, apply_theirs(theirs, token_ids, logits))
-
-
-@given(SEEDS, DTYPES, TOKEN_IDS, st.integers(0, 12), st.sampled_from([0.5, 0.9, 1.1, 1.3, 2.0]))
-def test_repetition_penalty_equals_transformers(seed, dtype, token_ids, num_prompt_ids, penalty):
-    logits = random_logits(seed, dtype)
-    ours = sampling.repetition_penalty(penalty)(logits, token_ids, num_prompt_ids)
-    theirs = RepetitionPenaltyLogitsProcessor(penalty)
-    assert torch.equal(ours, apply_theirs(theirs, token_ids, logits))
-
-
-@given(SEEDS, DTYPES, st.floats(0.05, 10))
-def test_temperature_equals_transformers(seed, dtype, value):
-    logits = random_logits(seed, dtype)
-    theirs = apply_theirs(TemperatureLogitsWarper(value), [0], logits)
-    assert torch.equal(sampling.temperature(value)(logits), theirs)
-
-
-@given(SEEDS, DTYPES, st.integers(1, VOCAB_SIZE + 5))
-def test_top_k_equals_transformers(seed, dtype, count):
-    logits = random_logits(seed, dtype)
-    ours = sampling.top_k(count)(logits)
-    assert torch.equal(ours, apply_theirs(TopKLogitsWarper(count), [0], logits))
-    assert ours.isfinite().sum() == min(count, VOCAB_SIZE)
-
-
-@given(SEEDS, DTYPES, st.floats(1e-6, 1, exclude_max=True))
-def test_top_p_equals_transformers(seed, dtype, mass):
-    logits = random_logits(seed, dtype)
-    ours = sampling.top_p(mass)(logits)
-    assert torch.equal(ours, apply_theirs(TopPLogitsWarper(mass), [0], logits))
-
-
-@pytest.mark.parametrize(("mass", "num_kept"), [(0.5, 2), (0.51, 3), (0.75, 3), (0.25, 1)])
-def test_top_p_keeps_no_more_than_reach_the_mass(mass, num_kept):
-    """Four equal tokens have exactly a quarter each."""
-    logits = torch.zeros(4)
-    kept = sampling.top_p(mass)(logits).isfinite().sum()
-    assert kept == apply_theirs(TopPLogitsWarper(mass), [0], logits).isfinite().sum() == num_kept
-
-
-@given(SEEDS, DTYPES, st.floats(0, 1))
-def test_min_p_equals_transformers(seed, dtype, share):
-    logits = random_logits(seed, dtype)
-    ours = sampling.min_p(share)(logits)
-    assert torch.equal(ours, apply_theirs(MinPLogitsWarper(share), [0], logits))
-
-
-@given(SEEDS, TOKEN_IDS, st.integers(0, 12), st.integers(-8, 8), st.integers(-8, 8))
-def test_occurrence_penalties_follow_openai_formula(seed, token_ids, num_prompt_ids, freq, pres):
-    """Logit - count * frequency - (count > 0) * presence, over the output alone."""
-    logits = random_logits(seed, torch.float64)
-    frequency, presence = freq / 4, pres / 4
-    ours = sampling.occurrence_penalties(frequency, presence)(logits, token_ids, num_prompt_ids)
-    output_ids = token_ids[num_prompt_ids:]
-    for token_id in range(VOCAB_SIZE):
-        count = output_ids.count(token_id)
-        penalty = count * frequency + (count > 0) * presence
-        assert ours[token_id].item() == pytest.approx(logits[token_id].item() - penalty, abs=1e-12)
-
-
-@pytest.mark.parametrize(
-    "warper", [sampling.top_k(1), sampling.top_k(7), sampling.top_p(1e-9), sampling.min_p(1.0)]
-)
-def test_the_likeliest_token_always_stays(warper):
-    logits = random_logits(5, shape=(200, VOCAB_SIZE))
-    assert torch.equal(warper(logits).argmax(-1), logits.argmax(-1))
-
-
-@pytest.mark.parametrize(
-    "warper",
-    [sampling.temperature(0.7), sampling.top_k(7), sampling.top_p(0.8), sampling.min_p(0.1)],
-)
-def test_warpers_take_rows_one_by_one(warper):
-    logits = random_logits(5, shape=(9, VOCAB_SIZE))
-    assert torch.equal(warper(logits), torch.stack([warper(row) for row in logits]))
-
-
-# -- all together ----------------------------------------------------------------------------
-
-
-@given(SEEDS, DTYPES, BIASES, TOKEN_IDS, st.data())
-def test_controls_apply_in_transformers_order(seed, dtype, bias, token_ids, data):
-    penalty = data.draw(st.sampled_from([1.0, 0.8, 1.2]))
-    heat = data.draw(st.sampled_from([1.0, 0.6, 1.7]))
-    count = data.draw(st.sampled_from([0, 3, 10, 30]))
-    mass = data.draw(st.sampled_from([1.0, 0.5, 0.9]))
-    share = data.draw(st.sampled_from([0.0, 0.02, 0.2]))
-    params = SamplingParams(
-        logit_bias=bias,
-        repetition_penalty=penalty,
-        temperature=heat,
-        top_k=count,
-        top_p=mass,
-        min_p=share,
-    )
-    # The order of GenerationMixin._get_logits_processor, and when it adds each.
-    theirs = [SequenceBiasLogitsProcessor({(key,): value for key, value in bias.items()})]
-    if penalty != 1:
-        theirs.append(RepetitionPenaltyLogitsProcessor(penalty))
-    if heat != 1:
-        theirs.append(TemperatureLogitsWarper(heat))
-    if count:
-        theirs.append(TopKLogitsWarper(count))
-    if mass < 1:
-        theirs.append(TopPLogitsWarper(mass))
-    if share:
-        theirs.append(MinPLogitsWarper(share))
-    logits = random_logits(seed, dtype)
-    ours = apply_ours(params, token_ids, logits)
-    assert torch.equal(ours, apply_theirs(LogitsProcessorList(theirs), token_ids, logits))
-
-
-def test_only_controls_that_are_on_are_built():
-    assert build_processors(SamplingParams()) == []
-    assert build_warpers(SamplingParams()) == []
-    assert build_warpers(SamplingParams(temperature=1.0)) == []
-    assert len(build_warpers(SamplingParams(temperature=0.5, top_k=3, top_p=0.5, min_p=0.1))) == 4
-
-
 def test_greedy_ignores_what_only_shapes_the_distribution():
-    params = SamplingParams(temperature=0, top_k=3, top_p=0.5, min_p=0.5)
-    assert build_warpers(params) == []
-    assert Sampler(params, 0, 1).is_argmax
+    shaped = {name: 0.3 for name in warper_controls() if name != "top_k"}
+    sampler = Sampler(SamplingParams(temperature=0, top_k=3, **shaped), 0, 1)
+    assert sampler.is_argmax
+    assert sampler.is_plain
 
 
 @pytest.mark.parametrize(
@@ -201,6 +44,14 @@ def test_greedy_ignores_what_only_shapes_the_distribution():
         ({"logit_bias": {1: 2.0}}, False),
         ({"repetition_penalty": 1.1}, False),
         ({"presence_penalty": 0.5}, False),
+        ({"no_repeat_ngram_size": 2}, False),
+        ({"bad_words_ids": [[1]]}, False),
+        ({"min_new_tokens": 1}, False),
+        ({"allowed_token_ids": [1]}, False),
+        ({"suppress_tokens": [1]}, False),
+        ({"sequence_bias": [([1], 1.0)]}, False),
+        ({"logits_processors": [lambda input_ids, scores: scores]}, False),
+        ({"stop_token_ids": [1]}, True),
     ],
 )
 def test_argmax_needs_greedy_without_processors(values, is_argmax):
@@ -210,15 +61,32 @@ def test_argmax_needs_greedy_without_processors(values, is_argmax):
 # -- choices ---------------------------------------------------------------------------------
 
 
+def tilt(input_ids, scores):
+    """A user's processor that looks at the history."""
+    return scores + 0.1 * (input_ids.sum() % 7) - scores.abs() * 0.01
+
+
 EVERYTHING = SamplingParams(
     temperature=0.8,
+    top_h=0.9,
     top_k=20,
     top_p=0.95,
     min_p=0.01,
+    typical_p=0.9,
+    epsilon_cutoff=0.001,
+    eta_cutoff=0.001,
     logit_bias={3: 1.5, 4: -2.0},
+    sequence_bias=[([9, 3], 1.0)],
     repetition_penalty=1.2,
     frequency_penalty=0.3,
     presence_penalty=0.4,
+    no_repeat_ngram_size=2,
+    bad_words_ids=[[9, 2], [6]],
+    min_new_tokens=5,
+    stop_token_ids=[8],
+    suppress_tokens=[7],
+    allowed_token_ids=list(range(1, VOCAB_SIZE)),
+    logits_processors=[tilt],
 )
 SETTINGS = {
     "plain": SamplingParams(temperature=1.0),
@@ -227,6 +95,10 @@ SETTINGS = {
     "top-k": SamplingParams(temperature=1.0, top_k=5),
     "top-p": SamplingParams(temperature=1.0, top_p=0.8),
     "min-p": SamplingParams(temperature=1.5, min_p=0.1),
+    "typical": SamplingParams(temperature=1.5, typical_p=0.6),
+    "eta": SamplingParams(temperature=1.5, eta_cutoff=0.05),
+    "n-grams": SamplingParams(temperature=1.0, no_repeat_ngram_size=1),
+    "processor": SamplingParams(temperature=1.0, logits_processors=[tilt]),
     "everything": EVERYTHING,
     "greedy": SamplingParams(),
     "greedy with penalties": replace(EVERYTHING, temperature=0.0),
@@ -236,14 +108,12 @@ PROMPT_IDS, OUTPUT_IDS = [1, 2, 3], [5, 5, 9]
 
 @pytest.mark.parametrize("name", [name for name in SETTINGS if not SETTINGS[name].is_greedy])
 def test_choices_follow_the_processed_distribution(name):
-    """Chi-square of 1,200 seeds' choices; fails by chance once in a million."""
+    """Chi-tilt of 1,200 seeds' choices; fails by chance once in a million."""
     params, history = SETTINGS[name], PROMPT_IDS + OUTPUT_IDS
     logits = random_logits(11, torch.float64) / 2
-    processed = logits
-    for process in build_processors(params):
-        processed = process(processed, history, len(PROMPT_IDS))
-    for warp in build_warpers(params):
-        processed = warp(processed)
+    processors = their_processors(params, len(PROMPT_IDS))
+    edited = processors(torch.tensor([history]), logits.unsqueeze(0).clone())[0]
+    processed = warped_by_them(params, edited)
     winners = [
         Sampler(params, seed, len(PROMPT_IDS)).choose(logits, history) for seed in range(1200)
     ]
@@ -306,6 +176,26 @@ def test_greedy_breaks_ties_to_the_lowest_id(values):
     assert choice == values.index(max(values))
 
 
+@pytest.mark.parametrize("name", SETTINGS)
+def test_the_way_of_other_devices_is_the_same(name, monkeypatch):
+    """Rows that numpy cannot read are edited, warped and ranked by torch."""
+    rows, history = random_logits(8, shape=(20, VOCAB_SIZE)), PROMPT_IDS + OUTPUT_IDS
+
+    def all_of_it():
+        sampler = Sampler(SETTINGS[name], 5, len(PROMPT_IDS), eos_ids=frozenset({10}))
+        chosen_ids = [sampler.choose(row, history, (1,)) for row in rows]
+        probs = [sampler.distribution(row, history, (1,)) for row in rows]
+        return chosen_ids, np.stack(probs), sampler.scores(rows, history, [(1,)] * len(rows))
+
+    by_numpy = all_of_it()
+    for module in (edits, ranking, sampling, warpers):
+        monkeypatch.setattr(module, "is_numpy", lambda scores: False)
+    by_torch = all_of_it()
+    assert by_torch[0] == by_numpy[0]
+    assert np.array_equal(by_torch[1], by_numpy[1])
+    assert torch.equal(by_torch[2], by_numpy[2])
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_logits_are_scored_in_float32(dtype):
     logits = random_logits(3, dtype)
@@ -359,3 +249,134 @@ def test_guesses_are_ranked_by_the_race_of_each_request(names, seed, depth, coun
         assert len(values) == len(found) >= 1
         assert values == sorted(values, reverse=True)
         assert values[0] <= 1e-3
+
+
+# -- failures --------------------------------------------------------------------------------
+
+
+NOTHING_LEFT = {
+    "bans": ({"suppress_tokens": list(range(VOCAB_SIZE))}, None),
+    "n-grams": ({"no_repeat_ngram_size": 1, "allowed_token_ids": [1, 2]}, None),
+    "grammar": ({}, CyclicGrammar(VOCAB_SIZE, dead_ends=(9,))),
+    "processor": ({"logits_processors": [lambda _, scores: scores - torch.inf]}, None),
+}
+
+
+def failing_sampler(name, heat):
+    values, grammar = NOTHING_LEFT[name]
+    params = SamplingParams(temperature=heat, **values)
+    return Sampler(params, 3, len(PROMPT_IDS), grammar=grammar)
+
+
+HISTORY = PROMPT_IDS + OUTPUT_IDS
+
+
+@pytest.mark.parametrize("heat", [0, 0.7])
+@pytest.mark.parametrize("name", NOTHING_LEFT)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_target_without_a_token_to_choose_fails_the_request(name, heat, dtype):
+    sampler = failing_sampler(name, heat)
+    chosen_id = sampler.choose(random_logits(1, dtype), HISTORY)
+    assert 0 <= chosen_id < VOCAB_SIZE
+    assert isinstance(sampler.failure, RequestError)
+    assert sampler.failure.hint
+    other = failing_sampler(name, heat)
+    probs = other.distribution(random_logits(1), HISTORY)
+    assert str(other.failure) == str(sampler.failure)
+    assert probs.sum() == pytest.approx(1)
+
+
+def test_the_message_names_the_controls_in_force():
+    sampler = failing_sampler("n-grams", 0)
+    sampler.choose(random_logits(1), HISTORY)
+    assert "no_repeat_ngram_size, allowed_token_ids" in str(sampler.failure)
+    assert "after 6 tokens" in str(sampler.failure)
+
+
+def test_the_first_failure_is_kept():
+    sampler = failing_sampler("bans", 0)
+    sampler.choose(random_logits(1), HISTORY)
+    first = sampler.failure
+    sampler.choose(random_logits(1), [*HISTORY, 4])
+    assert sampler.failure is first
+
+
+@pytest.mark.parametrize("heat", [0, 0.7])
+@pytest.mark.parametrize("name", NOTHING_LEFT)
+def test_drafts_without_a_token_to_guess_fail_nothing(name, heat):
+    """Plain decoding would not have come there, so the request cannot fail of it."""
+    sampler = failing_sampler(name, heat)
+    rows = random_logits(1, shape=(2, VOCAB_SIZE))
+    assert (sampler.race_scores(rows, HISTORY, [(), ()]) == -torch.inf).all()
+    assert not sampler.draft_distribution(rows[0], HISTORY).any()
+    assert best_guesses(rows, [Frontier(sampler, HISTORY, [(), ()])], 3, 0.5) == (
+        [[], []],
+        [[], []],
+    )
+    assert sampler.failure is None
+
+
+def test_a_draft_row_that_is_padded_out_whole_yields_no_guesses():
+    sampler = Sampler(SamplingParams(temperature=1.0, top_p=0.5), 3, 1)
+    rows = torch.full((1, VOCAB_SIZE), -torch.inf)
+    assert best_guesses(rows, [Frontier(sampler, HISTORY, [()])], 3, 0.5) == ([[]], [[]])
+    assert sampler.failure is None
+
+
+def test_a_processor_that_fails_on_a_draft_does_not_fail_the_request():
+    def fragile(input_ids, scores):
+        if input_ids[0, -1] == 30:
+            raise KeyError("thirty")
+        return scores
+
+    sampler = Sampler(SamplingParams(logits_processors=[fragile]), 3, 1)
+    rows = random_logits(1, shape=(2, VOCAB_SIZE))
+    scores = sampler.scores(rows, HISTORY, [(30,), (31,)])
+    assert (scores[0] == -torch.inf).all()
+    assert torch.equal(scores[1], rows[1])
+    assert sampler.failure is None
+    sampler.choose(rows[0], HISTORY, [30])
+    assert "logits_processors[0] (fragile) raised KeyError: 'thirty'" in str(sampler.failure)
+
+
+class BrokenGrammar(CyclicGrammar):
+    def allowed(self, token_ids, path=()):
+        if path:
+            raise RequestError("the grammar became too complex", hint="simplify it")
+        return super().allowed(token_ids, path)
+
+
+def test_a_grammar_that_gives_up_fails_the_target_alone():
+    sampler = Sampler(SamplingParams(), 3, 1, grammar=BrokenGrammar(VOCAB_SIZE))
+    rows = random_logits(1, shape=(1, VOCAB_SIZE))
+    assert (sampler.scores(rows, HISTORY, [(3,)]) == -torch.inf).all()
+    assert sampler.failure is None
+    assert sampler.choose(rows[0], HISTORY) % 3 == 1
+    assert sampler.failure is None
+    sampler.choose(rows[0], HISTORY, [3])
+    assert str(sampler.failure) == "the grammar became too complex"
+
+
+def test_a_grammar_holds_whatever_a_processor_returns():
+    def revive(input_ids, scores):
+        return torch.where(scores.isfinite(), scores - 50, torch.zeros_like(scores))
+
+    params = SamplingParams(logits_processors=[revive])
+    sampler = Sampler(params, 3, 1, grammar=CyclicGrammar(VOCAB_SIZE))
+    assert sampler.grammar is not None
+    for seed in range(20):
+        assert sampler.choose(random_logits(seed), HISTORY) % 3 == 1
+    assert sampler.failure is None
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_distribution_is_the_softmax_of_the_scores(name):
+    sampler, row = Sampler(SETTINGS[name], 3, 3), random_logits(4, torch.float64)
+    scores = sampler.scores(row.unsqueeze(0), HISTORY, [(1,)])[0]
+    probs = sampler.distribution(row, HISTORY, (1,))
+    assert np.array_equal(probs, sampler.draft_distribution(row, HISTORY, (1,)))
+    if sampler.is_greedy:
+        assert probs.tolist() == [float(i == scores.argmax()) for i in range(VOCAB_SIZE)]
+    else:
+        assert np.array_equal(probs, scores.softmax(-1).numpy())
+    assert sampler.failure is None

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from foretoken.core.draft import DraftBudget
+from foretoken.core.draft import DraftBudget, SiblingDraw
+from foretoken.core.noise import Stream
 from foretoken.core.options import ComponentSpec, build_options
 from foretoken.core.sampling import Sampler
 from foretoken.core.verdict import FinalKind, Verdict
@@ -28,17 +29,19 @@ from tests.engines import (
     sampled,
 )
 from tests.fakes import ByteTokenizer, build_module, tiny_config
+from tests.goodness import FALSE_FAILURE, fit_probability, independence_probability
 
 PROMPT = [3, 1, 4, 1, 5]
 
 
-def context_of(text, params=None, *, max_nodes=8, max_depth=8):
+def context_of(text, params=None, *, siblings=SiblingDraw.COUPLED, request_id="r", **budget):
     params = params or greedy(50)
     return DraftContext(
-        request_id="r",
+        request_id=request_id,
         token_ids=text,
         sampler=Sampler(params, params.seed or 0, len(PROMPT)),
-        budget=DraftBudget(max_nodes=max_nodes, max_depth=max_depth),
+        budget=DraftBudget(**{"max_nodes": 8, "max_depth": 8, **budget}),
+        siblings=SiblingDraw.DETERMINISTIC if params.is_greedy else siblings,
     )
 
 
@@ -194,6 +197,140 @@ def test_tokens_that_the_controls_rule_out_are_not_drafted():
     started(drafter, PROMPT)
     [draft] = drafter.propose([context_of(PROMPT, sampled(9, top_k=2), max_nodes=30)])
     assert max(map(len, draft.tree.children)) == 2
+
+
+# -- other ways of drawing -------------------------------------------------------------------
+
+
+def test_without_noise_the_likeliest_tokens_are_drafted():
+    """For rules with dice of their own; their order and estimates are the draft's probabilities."""
+    target = random_table(seed=2, spread=0.5)
+    drafter = make_draft_model(target, random_table(seed=2, spread=0.5), width=3, min_gain=0)
+    probs = target.table[PROMPT[-1]].softmax(dim=-1)
+    for seed in range(5):
+        params = sampled(9, seed=seed)
+        started(drafter, PROMPT)
+        context = context_of(PROMPT, params, siblings=SiblingDraw.DETERMINISTIC, max_depth=1)
+        [draft] = drafter.propose([context])
+        drafter.stop("r")
+        best = probs.topk(3)
+        assert list(draft.tree.token_ids[1:]) == best.indices.tolist()
+        estimates = torch.tensor(draft.draft_logprobs[1:])
+        torch.testing.assert_close(estimates.exp().double(), best.values, rtol=1e-3, atol=0)
+        assert not draft.draws
+
+
+SAMPLES = [SiblingDraw.IID, SiblingDraw.WITHOUT_REPLACEMENT]
+
+
+@pytest.mark.parametrize("siblings", SAMPLES)
+@pytest.mark.parametrize("options", [{"width": 2, "min_gain": 0}, {"expansion": (2, 2)}])
+def test_samples_come_with_the_distribution_that_the_target_would_have_there(siblings, options):
+    """Every control of the request is applied before the draw, along each path."""
+    params = sampled(9, seed=3, temperature=0.7, top_k=5, presence_penalty=1.5)
+    target = random_table(seed=1)
+    drafter = make_draft_model(target, random_table(seed=1), **options)
+    started(drafter, PROMPT)
+    [draft] = drafter.propose([context_of(PROMPT, params, siblings=siblings)])
+    tree, sampler = draft.tree, Sampler(params, 3, len(PROMPT))
+    assert draft.siblings is siblings
+    for node, groups in draft.draws.items():
+        row = target.table[tree.token_ids[node]]
+        expected = sampler.distribution(row, PROMPT, tree.sequence(node)[1:])
+        [group] = groups
+        assert group.probs.tolist() == pytest.approx(expected.tolist(), rel=1e-12)
+        assert all(expected[tree.token_ids[child]] > 0 for child in group.nodes)
+    assert set(draft.draws) == {node for node in range(len(tree)) if tree.children[node]}
+
+
+@pytest.mark.parametrize("siblings", SAMPLES)
+def test_samples_have_the_drafts_law(siblings):
+    """Chi-square of the first two draws; correct code fails for one seed in a million."""
+    vocab_size, num_seeds = 6, 3000
+    model = random_table(vocab_size, seed=8, spread=1.0)
+    drafter = make_draft_model(model, model, expansion=(2,))
+    probs = model.table[PROMPT[-1]].softmax(dim=-1)
+    pairs = []
+    for seed in range(num_seeds):
+        started(drafter, PROMPT)
+        [draft] = drafter.propose([context_of(PROMPT, sampled(9, seed=seed), siblings=siblings)])
+        drafter.stop("r")
+        first, second = (draft.tree.token_ids[node] for node in draft.draws[0][0].nodes)
+        pairs.append(first * vocab_size + second)
+    law = torch.outer(probs, probs)
+    if siblings is SiblingDraw.WITHOUT_REPLACEMENT:
+        law = law / (1 - probs)[:, None] * (1 - torch.eye(vocab_size))
+    assert fit_probability(torch.tensor(pairs), law.reshape(-1)) > FALSE_FAILURE
+
+
+def test_samples_are_independent_of_the_noise_and_of_the_dice():
+    """Chi-square of (draft's sample, target's choice); correct code fails one seed in a million.
+
+    The rules' dice come from a stream of their own, of which the first number is compared.
+    """
+    vocab_size, num_seeds = 6, 3000
+    model = random_table(vocab_size, seed=8, spread=0.3)
+    drafter = make_draft_model(model, model, expansion=(1,))
+    drawn, chosen, rolled = [], [], []
+    for seed in range(num_seeds):
+        params = sampled(9, seed=seed)
+        started(drafter, PROMPT)
+        [draft] = drafter.propose([context_of(PROMPT, params, siblings=SiblingDraw.IID)])
+        drafter.stop("r")
+        sampler = Sampler(params, seed, len(PROMPT))
+        drawn.append(draft.tree.token_ids[1])
+        chosen.append(sampler.choose(model.table[PROMPT[-1]], PROMPT))
+        dice = sampler.generator(Stream.VERIFY, len(PROMPT))
+        rolled.append(int(dice.random() * vocab_size))
+    for other in (chosen, rolled):
+        pair = (torch.tensor(drawn), torch.tensor(other))
+        assert independence_probability(*pair, vocab_size) > FALSE_FAILURE
+
+
+def test_requests_of_one_batch_may_be_drawn_for_in_different_ways():
+    """Greedy requests are ranked, coupled ones race, others are sampled: all in the same passes."""
+    target = random_table(seed=1)
+    ways = [SiblingDraw.DETERMINISTIC, *SiblingDraw, SiblingDraw.COUPLED]
+    kinds = [greedy(9)] + [sampled(9, seed=seed) for seed in range(1, len(ways))]
+    widths = [None, None, 1, 2, 1, 2]
+
+    def drafts(indices):
+        model = random_table(seed=5)
+        drafter = make_draft_model(target, model, width=3, min_gain=0)
+        contexts = []
+        for index in indices:
+            started(drafter, PROMPT, f"r{index}")
+            contexts.append(
+                context_of(
+                    PROMPT,
+                    kinds[index],
+                    siblings=ways[index],
+                    request_id=f"r{index}",
+                    max_width=widths[index],
+                    max_depth=2 + index % 3,
+                )
+            )
+        return drafter.propose(contexts), model.num_passes
+
+    together, num_passes = drafts(range(len(ways)))
+    assert num_passes == 4
+    for index, draft in enumerate(together):
+        [alone], _ = drafts([index])
+        assert draft == alone
+        assert widths[index] is None or max(map(len, draft.tree.children)) <= widths[index]
+
+
+def test_where_the_controls_leave_nothing_nothing_is_drawn():
+    def forbid(input_ids, scores):
+        return torch.full_like(scores, -torch.inf)
+
+    target, params = random_table(20, seed=1), sampled(9, seed=1, logits_processors=(forbid,))
+    drafter = make_draft_model(target, random_table(20, seed=1))
+    for siblings in SiblingDraw:
+        started(drafter, PROMPT)
+        [draft] = drafter.propose([context_of(PROMPT, params, siblings=siblings)])
+        drafter.stop("r")
+        assert draft.tree.num_draft_tokens == 0
 
 
 # -- limits ----------------------------------------------------------------------------------

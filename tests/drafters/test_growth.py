@@ -8,19 +8,36 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from foretoken.core.draft import DraftBudget, SiblingDraw
-from foretoken.drafters.growth import BestFirst, GrowingTree, StaticExpansion
+from foretoken.drafters.growth import (
+    BestFirst,
+    DrawnTree,
+    GrowingTree,
+    StaticExpansion,
+    _plan_best_first,
+    draw_acceptance,
+    estimate_draw,
+)
 from foretoken.errors import ConfigError
+from foretoken.verifiers import k_seq
+from tests.verifiers.enumeration import (
+    IID,
+    ROOT_ID,
+    WITHOUT_REPLACEMENT,
+    assert_lossless,
+    draw_siblings,
+    model,
+    outcomes,
+    rule,
+)
 
-ROOT_ID = 0
 
-
-def grow(table, policy, *, max_nodes, max_depth, own_depth=99):
+def grow(table, policy, *, max_nodes, max_depth, own_depth=99, max_width=None):
     """Return the draft that a policy grows from a table of children, and the draft passes used.
 
     Args:
         table: Maps a path (token ids below the root) to its candidates, best first.
     """
-    budget = DraftBudget(max_nodes=max_nodes, max_depth=max_depth)
+    budget = DraftBudget(max_nodes=max_nodes, max_depth=max_depth, max_width=max_width)
     tree = GrowingTree(ROOT_ID, budget, policy, own_depth)
     num_passes = 0
     while tree.frontier:
@@ -240,3 +257,205 @@ def test_best_first_does_not_run_a_level_that_cannot_enter_a_full_tree():
 def test_min_gain_that_is_not_a_number_is_refused():
     with pytest.raises(ConfigError, match="min_gain"):
         BestFirst(width=1, min_gain=math.nan)
+
+
+# -- width -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("max_width", [1, 2, 3])
+@pytest.mark.parametrize("policy", [StaticExpansion((3, 1, 2)), BestFirst(width=4, min_gain=0)])
+def test_no_node_gets_more_children_than_the_verifier_takes(policy, max_width):
+    table = table_of([0.4, 0.3, 0.2, 0.1])
+    draft, _ = grow(table, policy, max_nodes=9, max_depth=3, max_width=max_width)
+    assert max(map(len, draft.tree.children)) == min(max_width, 3 if max_width > 2 else max_width)
+    assert draft.tree.is_chain == (max_width == 1)
+    assert max(draft.tree.depths) > 1
+
+
+# -- samples ---------------------------------------------------------------------------------
+
+
+def grow_drawn(draft_model, policy, siblings, dice, *, max_nodes, max_width=None, max_depth=3):
+    """Return the draft that a policy grows from samples, and how many draws each level made."""
+    budget = DraftBudget(max_nodes=max_nodes, max_depth=max_depth, max_width=max_width)
+    tree = DrawnTree(ROOT_ID, budget, policy, max_depth)
+    levels = []
+    while tree.frontier:
+        levels.append(list(tree.num_draws))
+        drawn = []
+        for node, count in zip(tree.frontier, tree.num_draws, strict=True):
+            probs = draft_model(tree.paths[node])
+            drawn.append((draw_siblings(probs, count, siblings, dice), probs))
+        tree.grow_drawn(drawn)
+    return tree.finish("test", siblings), levels
+
+
+POLICIES = {
+    "fixed": StaticExpansion((2, 1, 2)),
+    "best first": BestFirst(width=2, min_gain=0),
+    "best first that stops": BestFirst(width=3, min_gain=0.45),
+}
+SAMPLED_RULES = [
+    ("mss", IID),
+    ("k-seq", IID),
+    ("traversal", IID),
+    ("rrs", WITHOUT_REPLACEMENT),
+    ("traversal", WITHOUT_REPLACEMENT),
+]
+
+
+@pytest.mark.parametrize("max_nodes", [1, 2, 3, 4, 6])
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize(("name", "siblings"), SAMPLED_RULES)
+def test_grown_samples_are_lossless_at_every_size(name, siblings, policy, max_nodes, monkeypatch):
+    """Over fractions: what is drawn next depends on estimates, and the law is the target's."""
+    monkeypatch.setattr(k_seq, "NUM_BISECTIONS", 4)
+    target, draft_model = model(2, "P grown"), model(2, "Q grown", zeros=0)
+
+    def draft_by(dice):
+        args = (draft_model, POLICIES[policy], siblings, dice)
+        draft, _ = grow_drawn(*args, max_nodes=max_nodes)
+        assert draft.tree.num_draft_tokens <= max_nodes
+        assert draft.prune(max_nodes) == draft  # the engine prunes to the budget once more
+        return draft
+
+    assert_lossless(rule(name), draft_by, target)
+
+
+@pytest.mark.parametrize("name", ["rejection", "block"])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_sampled_chains_for_chain_rules(name, policy):
+    target, draft_model = model(3, "P chain"), model(3, "Q chain")
+
+    def draft_by(dice):
+        args = (draft_model, POLICIES[policy], IID, dice)
+        draft, _ = grow_drawn(*args, max_nodes=3, max_width=1)
+        assert draft.tree.is_chain
+        return draft
+
+    assert_lossless(rule(name), draft_by, target)
+
+
+@pytest.mark.parametrize("siblings", [IID, WITHOUT_REPLACEMENT])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_what_a_level_draws_does_not_depend_on_the_level_itself(policy, siblings):
+    """Drafts that are equal above a level ask for equally many draws at each of its nodes."""
+    draft_model, asked = model(3, "asked", zeros=0), {}
+
+    def run(dice):
+        return grow_drawn(draft_model, POLICIES[policy], siblings, dice, max_nodes=4)
+
+    for (draft, levels), _ in outcomes(run):
+        for depth, counts in enumerate(levels):
+            above = []
+            for node, groups in draft.draws.items():
+                if draft.tree.depths[node] < depth:
+                    above.append((node, tuple(draft.tree.token_ids[c] for c in groups[0].nodes)))
+            assert asked.setdefault((depth, tuple(above)), counts) == counts
+    assert len(asked) > 3
+
+
+def test_draws_that_are_equal_share_a_node_and_keep_their_count():
+    tree = DrawnTree(
+        ROOT_ID, DraftBudget(max_nodes=9, max_depth=2), StaticExpansion((4, 1)), max_depth=2
+    )
+    probs = model(3, "equal", zeros=0)(())
+    tree.grow_drawn([([2, 0, 2, 2], probs)])
+    assert (tree.token_ids, tree.num_draws) == ([ROOT_ID, 2, 0], [1, 1])
+    tree.grow_drawn([([1], probs), ([1], probs)])
+    draft = tree.finish("test", IID)
+    assert draft.draws[0][0].nodes == (1, 2, 1, 1)
+    assert (draft.draws[1][0].nodes, draft.draws[2][0].nodes) == ((3,), (4,))
+
+
+def test_a_level_counts_draws_not_nodes_against_the_budget():
+    """Three draws of one token leave two of the four nodes to the next level, not to their own."""
+    tree = DrawnTree(
+        ROOT_ID, DraftBudget(max_nodes=4, max_depth=3), StaticExpansion((3, 3, 3)), max_depth=3
+    )
+    probs = model(3, "count", zeros=0)(())
+    assert tree.num_draws == [3]
+    tree.grow_drawn([([1, 1, 2], probs)])
+    assert (tree.frontier, tree.num_draws) == ([1, 2], [1, 1])  # two left, shared
+    tree.grow_drawn([([0], probs), ([0], probs)])
+    assert tree.frontier == []
+
+
+def test_a_short_supply_of_draws_ends_the_paths_that_get_none():
+    tree = DrawnTree(
+        ROOT_ID, DraftBudget(max_nodes=4, max_depth=3), StaticExpansion((3, 2)), max_depth=2
+    )
+    tree.grow_drawn([([2, 0, 1], model(3, "short", zeros=0)(()))])
+    assert (tree.frontier, tree.num_draws) == ([1], [1])
+
+
+def test_best_first_draws_deep_where_the_draft_is_sure_and_wide_at_the_root():
+    certain = DrawnTree(
+        ROOT_ID, DraftBudget(max_nodes=8, max_depth=8), BestFirst(width=4, min_gain=0), 8
+    )
+    sure = model(1, "sure", zeros=0)(())
+    counts = []
+    while certain.frontier:
+        counts.append(certain.num_draws)
+        certain.grow_drawn([([0] * count, sure) for count in certain.num_draws])
+    assert len(counts) > 4  # mostly a chain
+    wide = DrawnTree(
+        ROOT_ID, DraftBudget(max_nodes=8, max_depth=1), BestFirst(width=4, min_gain=0), 8
+    )
+    assert wide.num_draws == [4]
+
+
+@given(
+    st.lists(st.floats(0.01, 1), min_size=1, max_size=4),
+    st.integers(0, 12),
+    st.integers(1, 3),
+    st.integers(1, 3),
+)
+def test_the_plan_of_a_level_is_that_of_the_best_tree(estimates, num_draws, width, num_levels):
+    """By brute force: all draws that there could be, sorted by their chance to be accepted."""
+    draws = []
+
+    def add(index, chance, level):
+        for place in range(width):
+            gain = chance * draw_acceptance(place)
+            draws.append((gain, index if level == 0 else None))
+            if level + 1 < num_levels:
+                add(index, gain, level + 1)
+
+    for index, estimate in enumerate(estimates):
+        add(index, estimate, 0)
+    counts = _plan_best_first(estimates, num_draws, width, num_levels)
+    gains = sorted((gain for gain, _ in draws), reverse=True)
+    least = gains[:num_draws][-1] if num_draws else math.inf  # among equals any may be chosen
+    for index, count in enumerate(counts):
+        own = [gain for gain, place in draws if place == index]
+        assert sum(gain > least * (1 + 1e-9) for gain in own) <= count
+        assert count <= sum(gain >= least * (1 - 1e-9) for gain in own)
+    assert sum(counts) <= num_draws
+
+
+def test_best_first_stops_drawing_when_a_level_is_worth_too_little():
+    tree = DrawnTree(
+        ROOT_ID, DraftBudget(max_nodes=30, max_depth=30), BestFirst(width=1, min_gain=0.4), 30
+    )
+    unlikely = model(9, "unlikely", zeros=0)(())
+    num_levels = 0
+    while tree.frontier:
+        num_levels += 1
+        worth = math.exp(tree.totals[tree.frontier[0]])
+        assert worth >= 0.4
+        tree.grow_drawn([([8], unlikely)])
+    assert math.exp(tree.totals[-1]) < 0.4
+    assert num_levels > 1
+
+
+def test_later_and_unlikelier_draws_are_estimated_lower():
+    places = [draw_acceptance(place) for place in range(12)]
+    assert places == sorted(places, reverse=True)
+    assert places[-1] > 0
+    assert sum(places) < 1
+    for place in range(5):
+        estimates = [estimate_draw(place, q) for q in (1e-9, 0.1, 0.5, 1.0)]
+        assert estimates == sorted(estimates)
+        assert estimates[-1] <= 0
+    assert estimate_draw(0, 0.5) > estimate_draw(1, 0.5)

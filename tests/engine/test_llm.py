@@ -234,8 +234,8 @@ def test_a_request_that_is_aborted_in_the_engine_ends_its_stream(llm, monkeypatc
         (["ok", ""], greedy(2), "the prompt is empty"),
         ([[1], []], greedy(2), "the prompt is empty"),
         (["ok", "x" * CONTEXT_LIMIT], greedy(2), "the model's context holds 96"),
-        ([[1], [999]], greedy(2), "token id 999 is outside"),
-        (["ok"], greedy(2, logit_bias={999: 1.0}), "token id 999 is outside"),
+        ([[1], [999]], greedy(2), "token id 999 in the prompt is outside"),
+        (["ok"], greedy(2, logit_bias={999: 1.0}), "token id 999 in logit_bias is outside"),
     ],
 )
 @pytest.mark.parametrize("make", ["generate", "generate_iter"])
@@ -360,7 +360,7 @@ def test_any_drafters_give_the_same_text(folders):
 
 def test_a_drafter_named_twice_gets_a_number(folders):
     llm = build(folders[0], drafters=["prompt-lookup", "prompt-lookup:max_ngram=1"])
-    assert list(llm.engine.drafters) == ["prompt-lookup", "prompt-lookup#2"]
+    assert list(llm.engine.drafters) == ["prompt-lookup", "prompt-lookup#2", "forced"]
     [output] = llm.generate("abc", greedy(4), drafters=["prompt-lookup#2"])
     assert output.stats.num_tokens == 4
 

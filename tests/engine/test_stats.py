@@ -25,6 +25,12 @@ def test_counts_and_ratios():
     assert stats.acceptance_rate == pytest.approx(0.3)
 
 
+def test_a_token_of_several_drafters_counts_once_and_for_each_of_them():
+    stats = RequestStats()
+    stats.add_step(4, ["a+b", "b", ""])
+    assert (stats.num_accepted, stats.accepted_by) == (2, {"a": 1, "b": 2})
+
+
 def test_times_start_with_the_first_schedule_and_the_first_token(monkeypatch):
     clock = iter([10.0, 12.0, 15.0, 16.5])
     monkeypatch.setattr("foretoken.engine.stats.time.perf_counter", lambda: next(clock))

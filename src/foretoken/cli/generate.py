@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from foretoken.cli import control_options as controls
 from foretoken.cli import options, work
+from foretoken.cli.errors import EXIT_FAILURE
 from foretoken.cli.output import FileSink, StdoutSink
 from foretoken.cli.prompts import read_jobs
 from foretoken.cli.summary import Run
 from foretoken.cli.terminal import explain_compilation, loading, note
-from foretoken.errors import ConfigError
 
 if TYPE_CHECKING:
     from foretoken.engine.llm import LLM
@@ -32,6 +32,8 @@ foretoken generate "One day" --temperature 0.8 --seed 7 --compare
 
 foretoken generate --model ./big --drafter draft-model:path=./small "Hello"
 
+foretoken generate "A fact as JSON:" --json-schema '{"type": "object"}'
+
 foretoken generate --input prompts.jsonl --format json --output out.jsonl
 """
 
@@ -44,20 +46,38 @@ def generate(
     max_nodes: options.MaxNodes = None,
     plan: options.PlanFile = None,
     max_new_tokens: options.MaxNewTokens = options.DEFAULTS.max_new_tokens,
+    min_new_tokens: controls.MinNewTokens = options.DEFAULTS.min_new_tokens,
+    stop: options.Stop = None,
+    stop_token_id: controls.StopTokenIds = None,
+    ignore_eos: controls.IgnoreEos = options.DEFAULTS.ignore_eos,
     temperature: options.Temperature = options.DEFAULTS.temperature,
     top_k: options.TopK = options.DEFAULTS.top_k,
     top_p: options.TopP = options.DEFAULTS.top_p,
     min_p: options.MinP = options.DEFAULTS.min_p,
+    typical_p: controls.TypicalP = options.DEFAULTS.typical_p,
+    top_h: controls.TopH = options.DEFAULTS.top_h,
+    epsilon_cutoff: controls.EpsilonCutoff = options.DEFAULTS.epsilon_cutoff,
+    eta_cutoff: controls.EtaCutoff = options.DEFAULTS.eta_cutoff,
+    seed: options.Seed = options.DEFAULTS.seed,
     repetition_penalty: options.RepetitionPenalty = options.DEFAULTS.repetition_penalty,
     presence_penalty: options.PresencePenalty = options.DEFAULTS.presence_penalty,
     frequency_penalty: options.FrequencyPenalty = options.DEFAULTS.frequency_penalty,
+    no_repeat_ngram_size: controls.NoRepeatNgramSize = options.DEFAULTS.no_repeat_ngram_size,
     logit_bias: options.LogitBias = None,
-    stop: options.Stop = None,
-    seed: options.Seed = options.DEFAULTS.seed,
+    sequence_bias: controls.SequenceBias = None,
+    bad_words_ids: controls.BadWordsIds = None,
+    allowed_token_ids: controls.AllowedTokenIds = None,
+    suppress_tokens: controls.SuppressTokens = None,
+    json_schema: controls.JsonSchema = None,
+    regex: controls.Regex = None,
+    grammar: controls.Grammar = None,
     input_file: options.InputFile = None,
     output: options.OutputFile = None,
     force: options.Force = False,
     format_name: options.Format = options.OutputFormat.TEXT,
+    logprobs: controls.Logprobs = options.DEFAULTS.logprobs,
+    prompt_logprobs: controls.PromptLogprobs = options.DEFAULTS.prompt_logprobs,
+    logprobs_mode: controls.LogprobsMode = options.DEFAULTS.logprobs_mode,
     compare: options.Compare = False,
     dtype: options.DType = "auto",
     device: options.Device = "auto",
@@ -69,18 +89,41 @@ def generate(
         warnings.simplefilter("ignore")
     sampling = {
         "max_new_tokens": max_new_tokens,
+        "min_new_tokens": min_new_tokens,
+        "stop": tuple(stop or ()),
+        "stop_token_ids": tuple(stop_token_id or ()),
+        "ignore_eos": ignore_eos,
         "temperature": temperature,
         "top_k": top_k,
         "top_p": top_p,
         "min_p": min_p,
+        "typical_p": typical_p,
+        "top_h": top_h,
+        "epsilon_cutoff": epsilon_cutoff,
+        "eta_cutoff": eta_cutoff,
+        "seed": seed,
         "repetition_penalty": repetition_penalty,
         "presence_penalty": presence_penalty,
         "frequency_penalty": frequency_penalty,
-        "logit_bias": _parse_bias(logit_bias),
-        "stop": tuple(stop or ()),
-        "seed": seed,
+        "no_repeat_ngram_size": no_repeat_ngram_size,
+        **controls.parse_json_options(
+            {
+                "logit_bias": logit_bias,
+                "sequence_bias": sequence_bias,
+                "bad_words_ids": bad_words_ids,
+                "allowed_token_ids": allowed_token_ids,
+                "suppress_tokens": suppress_tokens,
+            }
+        ),
+        "json_schema": controls.read_schema(json_schema),
+        "regex": regex,
+        "lark": controls.read_grammar(grammar),
+        "logprobs": logprobs,
+        "prompt_logprobs": prompt_logprobs,
+        "logprobs_mode": logprobs_mode,
     }
     jobs = read_jobs(prompts or [], input_file, sampling)
+    work.check_format(jobs, format_name)
     if compare:  # both ways of decoding must draw the same numbers
         jobs = work.with_seeds(jobs)
     sink = StdoutSink() if output is None else FileSink(output, force=force)
@@ -100,6 +143,8 @@ def generate(
         raise typer.Exit(EXIT_INTERRUPTED) from None
     finally:
         sink.close()
+    if work.report_failures(run, jobs):
+        raise typer.Exit(EXIT_FAILURE)
 
 
 def _load(
@@ -132,10 +177,5 @@ def _load(
 
 
 def _parse_bias(text: str | None) -> Any:
-    """Return what the JSON text says; SamplingParams checks it."""
-    try:
-        return json.loads(text) if text is not None else {}
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(
-            f"--logit-bias is not JSON: {error}", hint="""write it as '{"42": -1.5}'"""
-        ) from error
+    """Return what the JSON text of --logit-bias says; SamplingParams checks it."""
+    return controls.parse_json_options({"logit_bias": text}).get("logit_bias", {})

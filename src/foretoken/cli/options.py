@@ -16,6 +16,8 @@ MODEL_PANEL = "Model and drafters"
 SAMPLING_PANEL = "Sampling"
 FILES_PANEL = "Input and output"
 MACHINE_PANEL = "Machine"
+LENGTH_PANEL = "Length and end"
+BANS_PANEL = "Penalties and bans"
 
 
 class OutputFormat(enum.StrEnum):
@@ -42,6 +44,14 @@ def _model(name: str, metavar: str, help_text: str, **more: Any) -> Any:
 
 def _sampling(name: str, metavar: str, help_text: str, **more: Any) -> Any:
     return _option(name, metavar, help_text, SAMPLING_PANEL, **more)
+
+
+def _length(name: str, metavar: str, help_text: str, **more: Any) -> Any:
+    return _option(name, metavar, help_text, LENGTH_PANEL, **more)
+
+
+def _bans(name: str, metavar: str, help_text: str, **more: Any) -> Any:
+    return _option(name, metavar, help_text, BANS_PANEL, **more)
 
 
 def _files(name: str, metavar: str, help_text: str, **more: Any) -> Any:
@@ -114,7 +124,7 @@ PlanFile = Annotated[
 
 MaxNewTokens = Annotated[
     int,
-    _sampling(
+    _length(
         "--max-new-tokens",
         "N",
         f"Most new tokens per prompt (default {DEFAULTS.max_new_tokens}).",
@@ -156,7 +166,7 @@ MinP = Annotated[
 ]
 RepetitionPenalty = Annotated[
     float,
-    _sampling(
+    _bans(
         "--repetition-penalty",
         "X",
         "Above 1: fewer tokens that prompt or output contain "
@@ -166,7 +176,7 @@ RepetitionPenalty = Annotated[
 ]
 PresencePenalty = Annotated[
     float,
-    _sampling(
+    _bans(
         "--presence-penalty",
         "X",
         f"Subtracted from logits of tokens in the output (default {DEFAULTS.presence_penalty:g}).",
@@ -175,7 +185,7 @@ PresencePenalty = Annotated[
 ]
 FrequencyPenalty = Annotated[
     float,
-    _sampling(
+    _bans(
         "--frequency-penalty",
         "X",
         f"The same, once per occurrence (default {DEFAULTS.frequency_penalty:g}).",
@@ -184,11 +194,11 @@ FrequencyPenalty = Annotated[
 ]
 LogitBias = Annotated[
     str | None,
-    _sampling("--logit-bias", "JSON", """Added to logits by token id, as '{"42": -1.5}'."""),
+    _bans("--logit-bias", "JSON", """Added to logits by token id, as '{"42": -1.5}'."""),
 ]
 Stop = Annotated[
     list[str] | None,
-    _sampling("--stop", "TEXT", "End before this text; may be repeated."),
+    _length("--stop", "TEXT", "End before this text; may be repeated."),
 ]
 Seed = Annotated[
     int | None,

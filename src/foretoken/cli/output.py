@@ -7,10 +7,10 @@ import os
 import stat
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 from foretoken.cli.errors import FileError
 from foretoken.cli.terminal import FAINT, PROMPT, harmless, is_terminal, paint
@@ -20,12 +20,22 @@ if TYPE_CHECKING:
     from io import FileIO
 
     from foretoken.engine.llm import RequestOutput
+    from foretoken.engine.logprobs import TokenLogprobs
 
+Decode = Callable[[Sequence[int]], str]
+
+# JSON has no infinity; OpenAI's API says this of tokens that cannot come.
+LOWEST_LOGPROB = -9999.0
 WRITE_HINT = "make room or write elsewhere; results that were written before are whole"
 
 
-def as_json(output: RequestOutput) -> str:
-    """Return one result as a line of JSON."""
+def as_json(output: RequestOutput, decode: Decode | None = None) -> str:
+    """Return one result as a line of JSON.
+
+    Args:
+        output: The result.
+        decode: Token ids to text, for the tokens of log-probabilities; they have none without.
+    """
     record = {
         "prompt": output.prompt,
         "text": output.text,
@@ -35,7 +45,24 @@ def as_json(output: RequestOutput) -> str:
         "exactness": output.exactness.value,
         "stats": output.stats.as_dict(),
     }
-    return json.dumps(record, ensure_ascii=False) + "\n"
+    for name in ("logprobs", "prompt_logprobs"):
+        entries = getattr(output, name)
+        if entries is not None:
+            record[name] = [_logprob_record(entry, decode) for entry in entries]
+    if output.error is not None:
+        record["error"] = {"message": str(output.error), "hint": output.error.hint}
+    return json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _logprob_record(entry: TokenLogprobs, decode: Decode | None) -> dict[str, Any]:
+    """Return what is known of one token, under the names of OpenAI's API and with ids."""
+
+    def token(token_id: int, logprob: float) -> dict[str, Any]:
+        text = decode([token_id]) if decode else ""
+        return {"token": text, "id": token_id, "logprob": max(logprob, LOWEST_LOGPROB)}
+
+    top = [token(token_id, logprob) for token_id, logprob in entry.top]
+    return {**token(entry.token_id, entry.logprob), "top_logprobs": top}
 
 
 def as_text(output: RequestOutput, num_prompts: int, *, on_terminal: bool = False) -> str:
@@ -171,10 +198,19 @@ class OrderedWriter:
         self._sink.write(self._render(self._waiting.pop(index)))
 
 
-def make_render(format_name: str, num_prompts: int, *, to_stdout: bool) -> Callable[..., str]:
-    """Return the function that turns a result into a record."""
+def make_render(
+    format_name: str, num_prompts: int, *, to_stdout: bool, decode: Decode | None = None
+) -> Callable[..., str]:
+    """Return the function that turns a result into a record.
+
+    Args:
+        format_name: "text" or "json".
+        num_prompts: Whether headings are needed.
+        to_stdout: Whether a terminal may show it.
+        decode: Token ids to text, None without a tokenizer.
+    """
     if format_name == "json":
-        return as_json
+        return lambda output: as_json(output, decode)
     on_terminal = to_stdout and is_terminal(sys.stdout)
     return lambda output: as_text(output, num_prompts, on_terminal=on_terminal)
 

@@ -8,13 +8,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from foretoken.cli.errors import FileError, at
+from foretoken.cli.errors import FileError, at, print_lines
 from foretoken.cli.output import OrderedWriter, Sink, StdoutSink, make_render
 from foretoken.cli.prompts import Job
 from foretoken.cli.stream import show_stream
 from foretoken.cli.summary import Run, describe, describe_comparison
 from foretoken.cli.terminal import loading, note, prompt_progress
-from foretoken.errors import ForetokenError
+from foretoken.errors import ConfigError, ForetokenError
 
 if TYPE_CHECKING:
     from foretoken.engine.llm import LLM, RequestOutput
@@ -33,6 +33,32 @@ def check_prompts(llm: LLM, jobs: Sequence[Job]) -> None:
             llm.check_prompt(job.prompt, job.params)
         except ForetokenError as error:
             raise at(job.place, error) from error
+
+
+def check_format(jobs: Sequence[Job], format_name: str) -> None:
+    """Check that the output can hold what the prompts ask for.
+
+    Raises:
+        ConfigError: A prompt asks for log-probabilities, and the format is text.
+    """
+    for job in jobs:
+        has_logprobs = job.params.logprobs is not None or job.params.prompt_logprobs is not None
+        if has_logprobs and format_name != "json":
+            error = ConfigError(
+                f"log-probabilities are written as JSON only; the format is {format_name}",
+                hint="add --format json",
+            )
+            raise at(job.place, error)
+
+
+def report_failures(run: Run, jobs: Sequence[Job]) -> int:
+    """Say of each request that failed alone what went wrong; return how many there are."""
+    failed = [output for output in run.outputs if output.error is not None]
+    for output in sorted(failed, key=lambda output: output.index):
+        if output.error is not None:
+            error = at(jobs[output.index].place, output.error)
+            print_lines(str(error), error.hint)
+    return len(failed)
 
 
 def run_jobs(llm: LLM, jobs: Sequence[Job], run: Run, sink: Sink, format_name: str) -> None:
@@ -88,7 +114,9 @@ def with_seeds(jobs: Sequence[Job]) -> list[Job]:
 def _write_as_finished(
     llm: LLM, jobs: Sequence[Job], run: Run, sink: Sink, format_name: str
 ) -> None:
-    render = make_render(format_name, len(jobs), to_stdout=isinstance(sink, StdoutSink))
+    decode = llm.tokenizer.decode if llm.tokenizer else None
+    to_stdout = isinstance(sink, StdoutSink)
+    render = make_render(format_name, len(jobs), to_stdout=to_stdout, decode=decode)
     writer = OrderedWriter(render, sink)
     with prompt_progress(len(jobs)) as progress:
         try:
@@ -113,4 +141,12 @@ def _outputs(
     )
 
 
-__all__ = ["check_prompts", "compare_with_plain", "run_jobs", "warm_up", "with_seeds"]
+__all__ = [
+    "check_format",
+    "check_prompts",
+    "compare_with_plain",
+    "report_failures",
+    "run_jobs",
+    "warm_up",
+    "with_seeds",
+]

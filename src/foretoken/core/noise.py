@@ -9,6 +9,7 @@ is what lets drafters run the same race as the target and guess the same winner.
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -41,6 +42,28 @@ def _signed(value: int) -> int:
 def derive_seed(seed: int, index: int) -> int:
     """Return an independent seed for the `index`-th choice of a request."""
     return _splitmix(_splitmix(seed) ^ index) if index else seed
+
+
+class Stream(enum.IntEnum):
+    """What a request's random numbers are for; streams are independent of each other."""
+
+    DRAFT = 1  # samples that drafters draw
+    VERIFY = 2  # choices of rules that are not coupled
+
+
+def keyed_generator(seed: int, stream: Stream, *keys: int) -> np.random.Generator:
+    """Return a generator that depends on nothing but its keys.
+
+    Args:
+        seed: Key of the request, 0 <= seed < 2**64.
+        stream: What the numbers are for.
+        keys: Place in the request, such as the number of tokens so far; a step has its own, so
+            that no number is used twice.
+    """
+    key = _splitmix(seed ^ _splitmix(stream))
+    for part in keys:
+        key = _splitmix(key ^ _splitmix(part))
+    return np.random.Generator(np.random.Philox(key=key))
 
 
 def _mix(values: Tensor) -> Tensor:

@@ -62,20 +62,20 @@ class RaceRows:
 
     Args:
         temperatures: Of the requests, [R].
-        race_temperatures: Of the softmax over the sums, [R].
+        race_temperature: Of the softmax over the sums.
         noise_of: Index of each row's noise, [R]; -1 for none.
         noise: Rows of noise, each [V] float64.
     """
 
     temperatures: Sequence[float]
-    race_temperatures: Sequence[float]
+    race_temperature: float
     noise_of: Sequence[int]
     noise: Sequence[Tensor]
 
     @classmethod
     def without_noise(cls, num_rows: int, race_temperature: float = 1.0) -> RaceRows:
         """Return what leaves rows as they are."""
-        return cls((1.0,) * num_rows, (race_temperature,) * num_rows, (-1,) * num_rows, ())
+        return cls((1.0,) * num_rows, race_temperature, (-1,) * num_rows, ())
 
 
 def best_in_race(logits: Tensor, width: int, race: RaceRows) -> tuple[TokenLists, LogprobLists]:
@@ -92,12 +92,19 @@ def best_in_race(logits: Tensor, width: int, race: RaceRows) -> tuple[TokenLists
         rows,
         min(width, rows.shape[1]),
         np.array(race.temperatures, dtype=rows.dtype),
-        np.array(race.race_temperatures),
+        float(race.race_temperature),
         np.array(race.noise_of),
-        np.stack(noise) if noise else _NO_NOISE,
+        _stacked(noise),
     )
     ids, logprobs, counts = found
     return _cut(ids.tolist(), logprobs.tolist(), counts.tolist())
+
+
+def _stacked(noise: Sequence[np.ndarray]) -> np.ndarray:
+    """Return rows of noise as one array, [N, V]; one alone, the usual case, without a copy."""
+    if len(noise) == 1:
+        return noise[0].reshape(1, -1)
+    return np.stack(noise) if noise else _NO_NOISE
 
 
 def race_winner(logits: Tensor, noise: Tensor, temperature: float) -> int:
@@ -147,7 +154,7 @@ def _best_of_rows(
     rows: np.ndarray,
     width: int,
     temperatures: np.ndarray,
-    race_temperatures: np.ndarray,
+    race_temperature: float,
     noise_of: np.ndarray,
     noise: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -164,10 +171,10 @@ def _best_of_rows(
             for token_id in range(vocab_size):
                 scores[token_id] += row_noise[token_id]
         counts[index] = _select(scores, best[index], ids[index])
-        top, temperature = best[index, 0], race_temperatures[index]
-        log_total = _log_total(scores, top, temperature)
+        top = best[index, 0]
+        log_total = _log_total(scores, top, race_temperature)
         for place in range(counts[index]):
-            best[index, place] = (best[index, place] - top) / temperature - log_total
+            best[index, place] = (best[index, place] - top) / race_temperature - log_total
     return ids, best, counts
 
 

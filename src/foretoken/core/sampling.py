@@ -1,16 +1,21 @@
-"""From logits to the target's choice: processors, then greedy or the keyed race."""
+"""From logits to the target's choice: controls, then greedy or the keyed race."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from foretoken.core.noise import NoiseBlocks
+from foretoken.core.controls import build_controls, new_history
+from foretoken.core.edits import Edits, edit
+from foretoken.core.grammar import GrammarState
+from foretoken.core.noise import NoiseBlocks, Stream, keyed_generator
 from foretoken.core.params import SamplingParams
+from foretoken.core.processors import run_processors
 from foretoken.core.ranking import (
     LogprobLists,
     RaceRows,
@@ -21,160 +26,60 @@ from foretoken.core.ranking import (
     is_numpy,
     race_winner,
 )
-
-Processor = Callable[[Tensor, Sequence[int], int], Tensor]
-"""Maps (logits [V], token ids so far, length of the prompt) to new logits; never in place.
-
-The token ids are prompt and output, exactly those that plain decoding would have before this
-position.
-"""
-
-Warper = Callable[[Tensor], Tensor]
-"""Maps logits [..., V] to new logits of the same shape, row by row, without any history."""
-
-
-# -- processors: look at the history of one row ----------------------------------------------
-
-
-def logit_bias(bias: dict[int, float]) -> Processor:
-    """Add a constant to the logits of some tokens."""
-
-    def process(logits: Tensor, token_ids: Sequence[int], num_prompt_ids: int) -> Tensor:
-        ids = torch.tensor(list(bias), device=logits.device)
-        values = torch.tensor(list(bias.values()), device=logits.device, dtype=logits.dtype)
-        return logits.index_add(0, ids, values)
-
-    return process
-
-
-def repetition_penalty(penalty: float) -> Processor:
-    """Make tokens of prompt and output less likely (> 1) or likelier (< 1).
-
-    Source: Keskar et al. 2019, arXiv:1909.05858; transformers' RepetitionPenaltyLogitsProcessor.
-    """
-
-    def process(logits: Tensor, token_ids: Sequence[int], num_prompt_ids: int) -> Tensor:
-        ids = torch.tensor(sorted(set(token_ids)), device=logits.device)
-        seen = logits[ids]
-        return logits.index_copy(0, ids, torch.where(seen < 0, seen * penalty, seen / penalty))
-
-    return process
-
-
-def occurrence_penalties(frequency: float, presence: float) -> Processor:
-    """Subtract OpenAI's frequency and presence penalties for tokens of the output."""
-
-    def process(logits: Tensor, token_ids: Sequence[int], num_prompt_ids: int) -> Tensor:
-        counts = Counter(token_ids[num_prompt_ids:])
-        if not counts:
-            return logits
-        ids = torch.tensor(list(counts), device=logits.device)
-        numbers = torch.tensor(list(counts.values()), device=logits.device, dtype=logits.dtype)
-        return logits.index_add(0, ids, -(numbers * frequency + presence))
-
-    return process
-
-
-# -- warpers: reshape the distribution -------------------------------------------------------
-
-
-def temperature(value: float) -> Warper:
-    """Divide logits by the temperature."""
-    return lambda logits: logits / value
-
-
-def top_k(count: int) -> Warper:
-    """Keep the `count` largest logits; ties with the last one stay."""
-
-    def warp(logits: Tensor) -> Tensor:
-        kept = min(count, logits.shape[-1])
-        threshold = logits.topk(kept, dim=-1).values[..., -1:]
-        return logits.masked_fill(logits < threshold, -torch.inf)
-
-    return warp
-
-
-def top_p(mass: float) -> Warper:
-    """Keep the fewest most likely tokens whose probabilities sum to at least `mass`."""
-
-    def warp(logits: Tensor) -> Tensor:
-        ascending, order = torch.sort(logits, dim=-1, stable=True)
-        cumulative = ascending.softmax(dim=-1).cumsum(dim=-1)
-        dropped = cumulative <= (1 - mass)
-        dropped[..., -1] = False  # the likeliest always stays
-        return logits.masked_fill(dropped.scatter(-1, order, dropped), -torch.inf)
-
-    return warp
-
-
-def min_p(share: float) -> Warper:
-    """Drop tokens less likely than `share` times the likeliest."""
-
-    def warp(logits: Tensor) -> Tensor:
-        probs = logits.softmax(dim=-1)
-        floor = share * probs.amax(dim=-1, keepdim=True)
-        return logits.masked_fill(probs < floor, -torch.inf)
-
-    return warp
-
-
-def build_processors(params: SamplingParams) -> list[Processor]:
-    """Return the history-dependent controls that are on, in order."""
-    processors: list[Processor] = []
-    if params.logit_bias:
-        processors.append(logit_bias(dict(params.logit_bias)))
-    if params.repetition_penalty != 1:
-        processors.append(repetition_penalty(params.repetition_penalty))
-    if params.frequency_penalty or params.presence_penalty:
-        processors.append(occurrence_penalties(params.frequency_penalty, params.presence_penalty))
-    return processors
-
-
-def build_warpers(params: SamplingParams) -> list[Warper]:
-    """Return the distribution-shaping controls that are on, in transformers' order."""
-    warpers: list[Warper] = []
-    if params.is_greedy:
-        return warpers
-    if params.temperature != 1:
-        warpers.append(temperature(params.temperature))
-    if params.top_k:
-        warpers.append(top_k(params.top_k))
-    if params.top_p < 1:
-        warpers.append(top_p(params.top_p))
-    if params.min_p > 0:
-        warpers.append(min_p(params.min_p))
-    return warpers
+from foretoken.core.warpers import has_filters, warp, warp_tensor
+from foretoken.errors import RequestError
 
 
 class Sampler:
     """Makes one request's choices: a pure function of seed, history and logits.
 
+    What it remembers of the history only saves work: a choice costs what the tokens since the
+    last one cost, as long as the token ids of a request are one list that only grows.
+
     Args:
         params: The request's parameters.
         seed: Key of the noise; `params.seed` or a fresh one.
-        num_prompt_ids: Length of the prompt; some penalties count only what comes after.
+        num_prompt_ids: Length of the prompt; some controls count only what comes after.
+        eos_ids: End-of-sequence tokens that end the request; none if it ignores them.
+        grammar: What the output must follow, if anything.
 
     Attributes:
+        grammar: As given.
         is_greedy: Whether the largest score wins, without noise.
         is_plain: Whether nothing but a temperature shapes the scores. What they are ranked by is
             then computed in one sweep, without tensors in between.
+        is_argmax: Whether a choice is the argmax of the raw logits, whatever came before.
         temperature: 0 if greedy.
+        failure: What went wrong in a control of the request's own, such as a user's processor,
+            when the target was to choose. Choices made after it mean nothing; the engine ends
+            the request, and no other. What goes wrong about a draft's rows only leaves less to
+            draft: plain decoding would not have come there.
+        failed_at: Position of the choice that failed; those before it stand.
     """
 
-    def __init__(self, params: SamplingParams, seed: int, num_prompt_ids: int) -> None:
-        self._noise = NoiseBlocks(seed)
+    def __init__(
+        self,
+        params: SamplingParams,
+        seed: int,
+        num_prompt_ids: int,
+        *,
+        eos_ids: frozenset[int] = frozenset(),
+        grammar: GrammarState | None = None,
+    ) -> None:
+        self.grammar = grammar
+        self.failure: RequestError | None = None
+        self.failed_at: int | None = None
         self.is_greedy = params.is_greedy
-        self._num_prompt_ids = num_prompt_ids
-        self._processors = build_processors(params)
-        self._warpers = build_warpers(params)
         self.temperature = params.temperature
-        has_other_warpers = len(self._warpers) > (params.temperature not in (0, 1))
-        self.is_plain = not self._processors and not has_other_warpers
-
-    @property
-    def is_argmax(self) -> bool:
-        """Whether a choice is the argmax of the raw logits, whatever came before."""
-        return self.is_greedy and not self._processors
+        self._params = params
+        self._seed = seed
+        self._noise = NoiseBlocks(seed)
+        self._controls = build_controls(params, eos_ids, grammar)
+        self._history = new_history(params, num_prompt_ids)
+        self._has_controls = bool(self._controls or params.logits_processors)
+        self.is_argmax = self.is_greedy and not self._has_controls
+        is_shaped = not self.is_greedy and has_filters(params)
+        self.is_plain = not (self._has_controls or is_shaped)
 
     def choose(
         self,
@@ -185,17 +90,26 @@ class Sampler:
         """Return the target's token after `token_ids` and `path`.
 
         Greedy takes the largest logit, ties to the lowest id; sampling takes the winner of the
-        keyed race, an exact draw from the processed distribution.
+        keyed race, an exact draw from the processed distribution. Where the controls leave no
+        token or one of them fails, `failure` says why and the token means nothing.
 
         Args:
             logits: The target's row at that position.
             token_ids: Prompt and output so far.
             path: Draft tokens accepted since.
         """
+        position = len(token_ids) + len(path)
         if self.is_plain and not self.is_greedy and is_numpy(logits):
-            noise = self.noise(len(token_ids) + len(path), logits)
-            return race_winner(logits, noise, self.temperature)
-        [chosen_id] = argmax_ids(self.race_scores(logits.unsqueeze(0), token_ids, [path]))
+            return race_winner(logits, self.noise(position, logits), self.temperature)
+        row = self._target_row(logits, token_ids, path)
+        if self.is_greedy:
+            [chosen_id] = argmax_ids(row.unsqueeze(0))
+        elif is_numpy(row):
+            chosen_id = race_winner(row, self.noise(position, row), 1.0)
+        else:
+            [chosen_id] = argmax_ids((row + self.noise(position, row)).unsqueeze(0))
+        if not self.is_plain and row[chosen_id] == -torch.inf:
+            self._fail_for_want_of_tokens(position)
         return chosen_id
 
     def race_scores(
@@ -208,6 +122,7 @@ class Sampler:
 
         Drafters rank their candidates by these, computed from their own logits: the noise is
         the same that the target will use, so their favourites are correlated with its choice.
+        A row is all minus infinity where no token is left.
 
         Args:
             logits: One row per path.
@@ -215,28 +130,127 @@ class Sampler:
             paths: Draft tokens before each row; all of one length, so that all rows choose the
                 token of one position.
         """
-        scores = logits if logits.dtype == torch.float64 else logits.float()
-        if self._processors:
-            scores = torch.stack(
-                [
-                    self._process(row, [*token_ids, *path])
-                    for row, path in zip(scores, paths, strict=True)
-                ]
-            )
-        for warp in self._warpers:
-            scores = warp(scores)
+        scores = self.scores(logits, token_ids, paths)
         if self.is_greedy:
             return scores
         return scores + self.noise(len(token_ids) + len(paths[0]), scores)
+
+    def scores(
+        self,
+        logits: Tensor,  # [F, V]
+        token_ids: Sequence[int],
+        paths: Sequence[Sequence[int]],
+    ) -> Tensor:  # [F, V] float32 or float64
+        """Return the logits with every control applied; arguments as for `race_scores`.
+
+        For drafters too, whose rows never fail the request: what goes wrong leaves a row of minus
+        infinity, and so nothing to draft.
+        """
+        rows = _as_real(logits)
+        if self.is_plain or not (self._has_controls or is_numpy(rows)):
+            return rows if self.is_greedy else warp_tensor(rows, self._params)
+        controlled = []
+        for row, path in zip(rows, paths, strict=True):
+            try:
+                controlled.append(self._controlled(row, token_ids, path))
+            except RequestError:
+                controlled.append(torch.full_like(row, -torch.inf))
+        return torch.stack(controlled)
+
+    def distribution(
+        self,
+        logits: Tensor,  # [V]
+        token_ids: Sequence[int],
+        path: Sequence[int] = (),
+    ) -> NDArray[np.float64]:  # [V]
+        """Return the distribution that `choose` draws from; all of it on one token if greedy.
+
+        For the target's rows: where no token is left, `failure` is set, as by `choose`, and the
+        distribution means nothing. Arguments as for `choose`.
+        """
+        probs = self._probabilities(self._target_row(logits, token_ids, path))
+        if not probs.any():
+            self._fail_for_want_of_tokens(len(token_ids) + len(path))
+            probs[0] = 1.0
+        return probs
+
+    def draft_distribution(
+        self,
+        logits: Tensor,  # [V]
+        token_ids: Sequence[int],
+        path: Sequence[int] = (),
+    ) -> NDArray[np.float64]:  # [V]
+        """Return what `distribution` does, for a drafter's own row: all zeros if none is left.
+
+        A drafter that sees zeros has nothing to draft there; the request goes on.
+        """
+        return self._probabilities(self.scores(logits.unsqueeze(0), token_ids, [path])[0])
+
+    def fail(self, error: RequestError, position: int) -> None:
+        """Note that the choice at a position went wrong; the first error stays."""
+        if self.failure is None:
+            self.failure, self.failed_at = error, position
+
+    def generator(self, stream: Stream, *keys: int) -> np.random.Generator:
+        """Return randomness of this request that depends on nothing but its keys."""
+        return keyed_generator(self._seed, stream, *keys)
 
     def noise(self, position: int, scores: Tensor) -> Tensor:
         """Return the noise of the choice made at a position, [V] float64, to go with scores."""
         return self._noise.row(position, scores.shape[-1], scores.device)
 
-    def _process(self, logits: Tensor, token_ids: Sequence[int]) -> Tensor:
-        for process in self._processors:
-            logits = process(logits, token_ids, self._num_prompt_ids)
-        return logits
+    def _target_row(self, logits: Tensor, token_ids: Sequence[int], path: Sequence[int]) -> Tensor:
+        """Return the target's row with every control applied; note what goes wrong."""
+        row = _as_real(logits)
+        try:
+            return self._controlled(row, token_ids, path)
+        except RequestError as error:
+            self.fail(error, len(token_ids) + len(path))
+            return torch.zeros_like(row)
+
+    def _controlled(self, row: Tensor, token_ids: Sequence[int], path: Sequence[int]) -> Tensor:
+        """Return one row, [V], with every control applied.
+
+        Raises:
+            RequestError: A control of the request's own failed.
+        """
+        if self._has_controls:
+            edits = Edits()
+            self._history.move_to(token_ids, path)
+            for control in self._controls.values():
+                control(edits, self._history)
+            row = edit(row, edits)
+        if self._params.logits_processors:
+            row = run_processors(self._params.logits_processors, row, self._history.array)
+            if self.grammar is not None:  # it holds whatever they return
+                row = edit(row, Edits(masks=[self.grammar.allowed(token_ids, path)]))
+        return row if self.is_greedy else warp(row, self._params)
+
+    def _probabilities(self, row: Tensor) -> NDArray[np.float64]:
+        """Return what a row of scores stands for, [V]; all zeros if no token is left."""
+        probs = np.zeros(len(row))
+        [likeliest_id] = argmax_ids(row.unsqueeze(0))
+        if row[likeliest_id] == -torch.inf:
+            return probs
+        if self.is_greedy:
+            probs[likeliest_id] = 1.0
+            return probs
+        return row.double().softmax(dim=-1).cpu().numpy()
+
+    def _fail_for_want_of_tokens(self, position: int) -> None:
+        names = list(self._controls)
+        if self._params.logits_processors:
+            names.append("logits_processors")
+        error = RequestError(
+            f"no token is left to choose after {position} tokens of prompt and output; one is "
+            f"needed, and in force are {', '.join(names) or 'no controls'}",
+            hint="relax a control" if names else "check the model: its logits are minus infinity",
+        )
+        self.fail(error, position)
+
+
+def _as_real(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,7 +283,7 @@ def best_guesses(
         logits: The rows of all frontiers, one after the other.
         frontiers: At least one.
         width: Most tokens per row.
-        race_temperature: How far drafter and target disagree when sampling.
+        race_temperature: How far drafter and target disagree.
     """
     if is_numpy(logits) and all(frontier.sampler.is_plain for frontier in frontiers):
         return best_in_race(logits, width, _race_rows(frontiers, logits, race_temperature))
@@ -279,7 +293,7 @@ def best_guesses(
     for frontier in frontiers:
         stop, sampler = start + len(frontier.paths), frontier.sampler
         scores = sampler.race_scores(logits[start:stop], frontier.token_ids, frontier.paths)
-        found = best_tokens(scores, width, 1.0 if sampler.is_greedy else race_temperature)
+        found = best_tokens(scores, width, race_temperature)
         token_ids += found[0]
         logprobs += found[1]
         start = stop
@@ -288,15 +302,13 @@ def best_guesses(
 
 def _race_rows(frontiers: Sequence[Frontier], logits: Tensor, race_temperature: float) -> RaceRows:
     temperatures: list[float] = []
-    race_temperatures: list[float] = []
     noise_of: list[int] = []
     noise: list[Tensor] = []
     for frontier in frontiers:
         num_rows, sampler = len(frontier.paths), frontier.sampler
         noise_of += [-1 if sampler.is_greedy else len(noise)] * num_rows
         temperatures += [sampler.temperature or 1.0] * num_rows
-        race_temperatures += [1.0 if sampler.is_greedy else race_temperature] * num_rows
         if not sampler.is_greedy:
             position = len(frontier.token_ids) + len(frontier.paths[0])
             noise.append(sampler.noise(position, logits))
-    return RaceRows(temperatures, race_temperatures, noise_of, noise)
+    return RaceRows(temperatures, race_temperature, noise_of, noise)

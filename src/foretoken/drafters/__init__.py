@@ -15,6 +15,10 @@ DRAFTERS: Registry[type[Drafter]] = Registry(
         "none": "foretoken.drafters.none:NoDrafter",
         "prompt-lookup": "foretoken.drafters.prompt_lookup:PromptLookupDrafter",
         "draft-model": "foretoken.drafters.draft_model:DraftModelDrafter",
+        "forced": "foretoken.drafters.forced:ForcedDrafter",
+        "suffix": "foretoken.drafters.suffix:SuffixDrafter",
+        "reference": "foretoken.drafters.reference:ReferenceDrafter",
+        "rest": "foretoken.drafters.rest:RestDrafter",
     },
     group="foretoken.drafters",
 )

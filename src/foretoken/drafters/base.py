@@ -6,7 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
-from foretoken.core.draft import Draft, DraftBudget
+import numpy as np
+
+from foretoken.core.draft import Draft, DraftBudget, SiblingDraw
+from foretoken.core.noise import Stream
 from foretoken.core.sampling import Sampler
 from foretoken.core.verdict import Verdict
 from foretoken.models.adapter import LanguageModel
@@ -69,12 +72,24 @@ class DraftContext:
         sampler: Makes the target's choices; drafters that have a distribution rank their
             candidates by its race.
         budget: Bounds that the draft must respect.
+        siblings: How siblings are to be drawn, one of the drafter's `draws`. An empty draft fits
+            every way.
+        drafter_index: Which of the request's drafters this is.
     """
 
     request_id: str
     token_ids: Sequence[int]
     sampler: Sampler
     budget: DraftBudget
+    siblings: SiblingDraw = SiblingDraw.DETERMINISTIC
+    drafter_index: int = 0
+
+    def generator(self) -> np.random.Generator:
+        """Return the randomness of this drafter's samples in this step.
+
+        It is independent of the verifier's, of other drafters' and of other steps'.
+        """
+        return self.sampler.generator(Stream.DRAFT, len(self.token_ids), self.drafter_index)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,11 +119,13 @@ class Drafter(Protocol):
     Attributes:
         Options: Frozen dataclass of its options.
         taxonomy: Its place in the literature.
+        draws: Ways in which it can draw siblings.
         needs: What it asks of the engine.
     """
 
     Options: ClassVar[type[Any]]
     taxonomy: ClassVar[Taxonomy]
+    draws: ClassVar[frozenset[SiblingDraw]]
     needs: DrafterNeeds
 
     @classmethod

@@ -7,11 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
+import numpy as np
+import torch
 from torch import Tensor
 from torch.nn import functional
 
 from foretoken.core.draft import Draft, SiblingDraw
-from foretoken.core.ranking import LogprobLists, TokenLists
+from foretoken.core.drawing import draw_iid, draw_without_replacement
+from foretoken.core.ranking import LogprobLists, TokenLists, best_tokens
 from foretoken.core.sampling import Frontier, best_guesses
 from foretoken.core.tree import ROOT
 from foretoken.core.verdict import Verdict
@@ -24,6 +27,7 @@ from foretoken.drafters.base import (
 )
 from foretoken.drafters.growth import (
     BestFirst,
+    DrawnTree,
     GrowingTree,
     GrowthPolicy,
     StaticExpansion,
@@ -36,9 +40,14 @@ from foretoken.models.loading import load_model
 from foretoken.models.tokenizer import Tokenizer, check_same_vocabulary
 
 PREFILL_ROWS = 512
-# How far target and draft disagree, as the temperature of the race between candidates when
-# sampling; see docs/decisions for the measurement.
+# How far target and draft disagree, as the temperature of the race between candidates; see
+# docs/decisions for the measurement.
 RACE_TEMPERATURE = 0.5
+
+_SAMPLERS = {
+    SiblingDraw.IID: draw_iid,
+    SiblingDraw.WITHOUT_REPLACEMENT: draw_without_replacement,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,12 +109,14 @@ class _DraftState:
         num_known: How many of the staged tokens stand; the last of them is the root.
         staged_at: Tree node to its index among the staged.
         child_at: Index of a staged node and token id of a child to that child's index.
+        generator: Of this step's samples, when children are sampled.
     """
 
     sequence: CachedSequence
     num_known: int = 0
     staged_at: dict[int, int] = field(default_factory=dict)
     child_at: dict[tuple[int, int], int] = field(default_factory=dict)
+    generator: np.random.Generator | None = None
 
     def reset(self) -> None:
         """Forget what was fed since the last commit."""
@@ -134,8 +145,10 @@ class _DraftState:
 class DraftModelDrafter:
     """Runs a small model once per level of the tree, for all requests together.
 
-    When sampling, candidates are ranked by the race that the target will run (same noise), not
-    by probability alone: the first child is then the draft's own sample under the target's noise.
+    When sampling, coupled candidates are ranked by the race that the target will run (same
+    noise), not by probability alone: the first child is then the draft's own sample under the
+    target's noise. For other rules children are the likeliest, or samples of the draft's
+    distribution with every control of the request applied.
     """
 
     Options: ClassVar[type[Any]] = DraftModelOptions
@@ -146,6 +159,7 @@ class DraftModelDrafter:
         structure="tree",
         reference="SpecInfer, arXiv:2305.09781; SpecExec, arXiv:2406.02532",
     )
+    draws: ClassVar[frozenset[SiblingDraw]] = frozenset(SiblingDraw)
 
     def __init__(self, model: LanguageModel, options: DraftModelOptions, host: DrafterHost) -> None:
         self.needs = DrafterNeeds(draft_cache=True)
@@ -180,14 +194,10 @@ class DraftModelDrafter:
         trees = [self._plant(context) for context in contexts]
         growing = [pair for pair in zip(contexts, trees, strict=True) if pair[1].frontier]
         while growing:
-            start, (token_ids, logprobs) = 0, self._candidates(growing, self._run(growing))
-            for _, tree in growing:
-                stop = start + len(tree.frontier)
-                tree.grow(token_ids[start:stop], logprobs[start:stop])
-                start = stop
+            self._grow(growing, self._run(growing))
             growing = [pair for pair in growing if pair[1].frontier]
         return [
-            tree.finish("draft-model", _siblings(context))
+            tree.finish("draft-model", context.siblings)
             for context, tree in zip(contexts, trees, strict=True)
         ]
 
@@ -224,7 +234,11 @@ class DraftModelDrafter:
         budget = context.budget
         if self._max_nodes is not None and self._max_nodes < budget.max_nodes:
             budget = replace(budget, max_nodes=self._max_nodes)
-        tree = GrowingTree(context.token_ids[-1], budget, self._policy, max_depth)
+        kind = GrowingTree
+        if context.siblings in _SAMPLERS:
+            kind = DrawnTree
+            state.generator = context.generator()
+        tree = kind(context.token_ids[-1], budget, self._policy, max_depth)
         if tree.frontier:
             self._prefill(state, context.token_ids)
         return tree
@@ -267,20 +281,67 @@ class DraftModelDrafter:
             return token_ids
         return [min(token_id, self._model.info.vocab_size - 1) for token_id in token_ids]
 
-    def _candidates(
+    def _grow(
         self,
         growing: Sequence[tuple[DraftContext, GrowingTree]],
         logits: Tensor,  # [F, V]
+    ) -> None:
+        """Add a level to every tree: all that race in one go, the others one by one."""
+        racing: list[tuple[DraftContext, GrowingTree, slice]] = []
+        start = 0
+        for context, tree in growing:
+            rows = slice(start, start + len(tree.frontier))
+            start = rows.stop
+            if isinstance(tree, DrawnTree):
+                self._draw(context, tree, logits[rows])
+            elif context.siblings is SiblingDraw.COUPLED or context.sampler.is_greedy:
+                racing.append((context, tree, rows))
+            else:
+                self._rank(context, tree, logits[rows])
+        if not racing:
+            return
+        if len(racing) < len(growing):
+            logits = torch.cat([logits[rows] for _, _, rows in racing])
+        width = max(tree.num_children for _, tree, _ in racing)
+        token_ids, logprobs = self._candidates(racing, logits, width)
+        start = 0
+        for _, tree, _ in racing:
+            stop, num_children = start + len(tree.frontier), tree.num_children
+            if num_children < width:
+                for row in range(start, stop):
+                    del token_ids[row][num_children:], logprobs[row][num_children:]
+            tree.grow(token_ids[start:stop], logprobs[start:stop])
+            start = stop
+
+    def _draw(self, context: DraftContext, tree: DrawnTree, logits: Tensor) -> None:
+        """Sample the children of each frontier node from the draft model's own distribution."""
+        draw = _SAMPLERS[context.siblings]
+        generator = self._states[context.request_id].generator or context.generator()
+        drawn = []
+        for row, node, count in zip(logits, tree.frontier, tree.num_draws, strict=True):
+            path = tree.paths[node]
+            probs = context.sampler.draft_distribution(row, context.token_ids, path)
+            # All zeros where the controls leave nothing to draw.
+            drawn.append((draw(probs, count, generator) if probs.any() else [], probs))
+        tree.grow_drawn(drawn)
+
+    def _rank(self, context: DraftContext, tree: GrowingTree, logits: Tensor) -> None:
+        """Take the likeliest children of each frontier node: no noise, for rules with their own."""
+        paths = [tree.paths[node] for node in tree.frontier]
+        scores = context.sampler.scores(logits, context.token_ids, paths)
+        tree.grow(*best_tokens(scores, tree.num_children))
+
+    def _candidates(
+        self,
+        racing: Sequence[tuple[DraftContext, GrowingTree, slice]],
+        logits: Tensor,  # [F, V]
+        width: int,
     ) -> tuple[TokenLists, LogprobLists]:
         """Return the best children of each frontier node by the race, best first."""
         frontiers = [
             Frontier(
                 context.sampler, context.token_ids, [tree.paths[node] for node in tree.frontier]
             )
-            for context, tree in growing
+            for context, tree, _ in racing
         ]
-        return best_guesses(logits, frontiers, growing[0][1].num_children, RACE_TEMPERATURE)
-
-
-def _siblings(context: DraftContext) -> SiblingDraw:
-    return SiblingDraw.DETERMINISTIC if context.sampler.is_greedy else SiblingDraw.COUPLED
+        return best_guesses(logits, frontiers, width, RACE_TEMPERATURE)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import heapq
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from foretoken.core.draft import Draft, DraftBudget, SiblingDraw
+import numpy as np
+from numpy.typing import NDArray
+
+from foretoken.core.draft import Draft, DraftBudget, Draws, SiblingDraw
+from foretoken.core.drawing import share_draws
 from foretoken.core.tree import NO_PARENT, ROOT, TokenTree
 from foretoken.errors import ConfigError
 
@@ -18,6 +23,16 @@ class GrowthPolicy(Protocol):
 
     def num_children(self, depth: int) -> int:
         """Return how many candidates a node at `depth` may offer."""
+        ...
+
+    def plan_draws(self, tree: DrawnTree, newest: Sequence[int], num_left: int) -> list[int]:
+        """Return how many samples each of the newest nodes gets; 0 ends its path.
+
+        Args:
+            tree: All that was drawn so far.
+            newest: Nodes of the newest level, the root at first.
+            num_left: Nodes that the budget still has room for; what is asked beyond is shared.
+        """
         ...
 
     def admit(self, tree: GrowingTree, total: float) -> bool:
@@ -71,7 +86,8 @@ class GrowingTree:
     @property
     def num_children(self) -> int:
         """Candidates wanted for each node of the frontier."""
-        return self._policy.num_children(self.depth)
+        wanted, max_width = self._policy.num_children(self.depth), self.budget.max_width
+        return wanted if max_width is None else min(wanted, max_width)
 
     def grow(self, token_ids: Sequence[Sequence[int]], logprobs: Sequence[Sequence[float]]) -> None:
         """Add one level: candidates of each frontier node, and the logs of their probabilities.
@@ -107,6 +123,101 @@ class GrowingTree:
         return Draft.from_drafter(source, tree, siblings=siblings, draft_logprobs=logprobs)
 
 
+class DrawnTree(GrowingTree):
+    """A draft tree whose children are samples; it keeps to the rule that `Draws` states.
+
+    The numbers of draws of a level are settled, and within the budget, before the level is
+    drawn; every draw stands. So `grow_drawn` and `finish` leave nothing out.
+
+    Attributes:
+        num_draws: Samples wanted for each node of the frontier, at least one each.
+        draws: What was drawn, by node.
+    """
+
+    def __init__(
+        self, root_id: int, budget: DraftBudget, policy: GrowthPolicy, max_depth: int
+    ) -> None:
+        super().__init__(root_id, budget, policy, max_depth)
+        self.draws: dict[int, tuple[Draws, ...]] = {}
+        self.num_draws: list[int] = []
+        self._plan(self.frontier)
+
+    @property
+    def num_levels_left(self) -> int:
+        """Levels that may still be drawn below the newest nodes."""
+        return self._max_depth - self.depth
+
+    def grow_drawn(self, drawn: Sequence[tuple[Sequence[int], NDArray[np.float64]]]) -> None:
+        """Add one level.
+
+        Args:
+            drawn: For each node of the frontier the tokens in the order of their drawing, at most
+                `num_draws` of them, and the distribution of the first draw.
+        """
+        num_before = len(self.token_ids)
+        for parent, (token_ids, probs) in zip(self.frontier, drawn, strict=True):
+            child_of: dict[int, int] = {}
+            for place, token_id in enumerate(token_ids):
+                if token_id not in child_of:
+                    child_of[token_id] = len(self.token_ids)
+                    self._add(parent, token_id, estimate_draw(place, float(probs[token_id])))
+            nodes = tuple(child_of[token_id] for token_id in token_ids)
+            self.draws[parent] = (Draws(nodes=nodes, probs=probs),)
+        self.depth += 1
+        self._plan(range(num_before, len(self.token_ids)))
+
+    def finish(self, source: str, siblings: SiblingDraw) -> Draft:
+        """Return the draft; the policy has no say in what was drawn."""
+        tree = TokenTree(tuple(self.token_ids), tuple(self.parents))
+        return Draft.from_drafter(
+            source, tree, siblings=siblings, draft_logprobs=tuple(self.logprobs), draws=self.draws
+        )
+
+    def _add(self, parent: int, token_id: int, logprob: float) -> None:
+        self.token_ids.append(token_id)
+        self.parents.append(parent)
+        self.logprobs.append(logprob)
+        self.totals.append(self.totals[parent] + logprob)
+        self.paths.append((*self.paths[parent], token_id))
+
+    def _plan(self, newest: Sequence[int]) -> None:
+        """Settle how often each of the newest nodes is drawn from."""
+        num_left = self.budget.max_nodes - (len(self.token_ids) - 1)
+        if num_left <= 0 or self.num_levels_left <= 0:
+            newest = []
+        wanted = self._policy.plan_draws(self, newest, num_left) if newest else []
+        if self.budget.max_width is not None:
+            wanted = [min(count, self.budget.max_width) for count in wanted]
+        shares = share_draws(wanted, num_left)
+        self.frontier = [node for node, share in zip(newest, shares, strict=True) if share]
+        self.num_draws = [share for share in shares if share]
+
+
+# Share of nodes at which the first, second, ... draw is the one that is accepted. Measured on the
+# embedded pair at temperature 1, 2400 positions: 0.65, 0.08, 0.04, 0.02 by `mss`, and 0.67, 0.10,
+# 0.04, 0.03 by `rrs`. It says which draws are worth a node, and has no influence on what is kept.
+_ACCEPTANCE = (0.66, 0.09, 0.04, 0.025)
+
+
+def draw_acceptance(place: int) -> float:
+    """Return the estimated probability that a node's draw at this place is the accepted one."""
+    beyond = max(0, place - len(_ACCEPTANCE) + 1)
+    return _ACCEPTANCE[min(place, len(_ACCEPTANCE) - 1)] * 0.6**beyond
+
+
+def estimate_draw(place: int, draft_prob: float) -> float:
+    """Return the log of the estimated probability that a draw is accepted.
+
+    The likelier the draft model found the token, the likelier is the target to agree; in the same
+    measurement the first draw was accepted with about (1 + q) / 2, within 0.06 for any q.
+
+    Args:
+        place: Draws made before it at its node.
+        draft_prob: The token's probability q in the node's distribution.
+    """
+    return math.log(draw_acceptance(place) / draw_acceptance(0) * (1 + draft_prob) / 2)
+
+
 @dataclass(frozen=True, slots=True)
 class StaticExpansion:
     """SpecInfer's expansion vector <k1, ..., km>: every node of level i gets k_i children.
@@ -127,6 +238,10 @@ class StaticExpansion:
     def num_children(self, depth: int) -> int:
         """Return the width of the level below `depth`."""
         return self.widths[depth]
+
+    def plan_draws(self, tree: DrawnTree, newest: Sequence[int], num_left: int) -> list[int]:
+        """Return the level's width for every node."""
+        return [self.widths[tree.depth]] * len(newest)
 
     def admit(self, tree: GrowingTree, total: float) -> bool:
         """Add every node."""
@@ -171,6 +286,18 @@ class BestFirst:
         """Return the same width at every depth."""
         return self.width
 
+    def plan_draws(self, tree: DrawnTree, newest: Sequence[int], num_left: int) -> list[int]:
+        """Plan the rest of the tree with average acceptance; return what it has for this level.
+
+        The plan is the best connected tree of `num_left` draws below the newest nodes, each at
+        its own estimate; nothing of the levels below is known yet, so the next level plans anew.
+        """
+        estimates = [math.exp(tree.totals[node]) for node in newest]
+        max_width = min(self.width, tree.budget.max_width or self.width)
+        counts = _plan_best_first(estimates, num_left, max_width, tree.num_levels_left)
+        worth = sum(value for value, count in zip(estimates, counts, strict=True) if count)
+        return counts if worth >= self.min_gain else [0] * len(newest)
+
     def admit(self, tree: GrowingTree, total: float) -> bool:
         """Add a node that is among the best so far; it may push out another."""
         # Ties go to the older node, so a parent is never pushed out before its child.
@@ -194,3 +321,35 @@ class BestFirst:
     def finish(self, tree: GrowingTree) -> list[int]:
         """Keep the best nodes."""
         return [ROOT, *sorted([-node for _, node in tree.best])]
+
+
+def _plan_best_first(
+    estimates: Sequence[float], num_draws: int, max_width: int, num_levels: int
+) -> list[int]:
+    """Return how many of the `num_draws` most promising draws are at each of some nodes.
+
+    Args:
+        estimates: Probability that each node is reached.
+        num_draws: Draws to be made at the nodes and below them.
+        max_width: Most draws of one node.
+        num_levels: Levels below the nodes.
+    """
+    counts = [0] * len(estimates)
+    ties = itertools.count()
+    # (-probability that it is accepted, tie, index of the node above, levels above it, place).
+    heap = [
+        (-estimate * draw_acceptance(0), next(ties), index, 0, 0)
+        for index, estimate in enumerate(estimates)
+    ]
+    heapq.heapify(heap)
+    for _ in range(num_draws):
+        if not heap:
+            break
+        gain, _, index, level, place = heapq.heappop(heap)
+        counts[index] += level == 0
+        if place + 1 < max_width:
+            ratio = draw_acceptance(place + 1) / draw_acceptance(place)
+            heapq.heappush(heap, (gain * ratio, next(ties), index, level, place + 1))
+        if level + 1 < num_levels:
+            heapq.heappush(heap, (gain * draw_acceptance(0), next(ties), index, level + 1, 0))
+    return counts

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from foretoken.core.draft import Draft
+from foretoken.core.draft import Draft, SiblingDraw
 from foretoken.core.verdict import Verdict
 from foretoken.drafters.base import (
     DraftContext,
@@ -33,6 +33,7 @@ class NoDrafter:
         structure="chain",
         reference="autoregressive decoding",
     )
+    draws: ClassVar[frozenset[SiblingDraw]] = frozenset(SiblingDraw)
 
     def __init__(self) -> None:
         self.needs = DrafterNeeds()

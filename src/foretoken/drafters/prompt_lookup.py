@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from foretoken.core.draft import Draft
+from foretoken.core.draft import Draft, SiblingDraw
 from foretoken.core.tree import TokenTree
 from foretoken.core.verdict import Verdict
 from foretoken.drafters.base import (
@@ -73,6 +73,7 @@ class PromptLookupDrafter:
         structure="chain",
         reference="Saxena 2023; LLMA, arXiv:2304.04487",
     )
+    draws: ClassVar[frozenset[SiblingDraw]] = frozenset({SiblingDraw.DETERMINISTIC})
 
     def __init__(self, options: PromptLookupOptions) -> None:
         self.needs = DrafterNeeds()

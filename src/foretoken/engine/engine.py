@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from foretoken.core.grammar import GrammarState
 from foretoken.core.params import SamplingParams
 from foretoken.core.verdict import Exactness
 from foretoken.drafters.base import Drafter, RequestView
+from foretoken.engine.fit import agree_on_draws
 from foretoken.engine.request import Emission, FinishReason, Request
 from foretoken.engine.scheduler import Scheduler
 from foretoken.engine.step import StepParts, run_step
@@ -42,6 +44,10 @@ class EngineConfig:
                 )
 
 
+CompileGrammar = Callable[[SamplingParams, int], GrammarState | None]
+"""Makes the grammar state of a request from its parameters and the length of its prompt."""
+
+
 class Engine:
     """Serves requests that join and leave at any step, each with its own parameters.
 
@@ -52,10 +58,14 @@ class Engine:
         verifier: The acceptance rule.
         plan: How much to draft.
         decode: Token ids to text; None when there is no tokenizer.
+        compile_grammar: Makes the state of a request's grammar; None when there is no way to.
         config: Sizes.
+
+    Raises:
+        ConfigError: A drafter cannot draw siblings in a way that the verifier takes.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - one parameter is one part
         self,
         target: LanguageModel,
         cache: KVCache,
@@ -64,16 +74,23 @@ class Engine:
         plan: Plan,
         *,
         decode: Decode | None = None,
+        compile_grammar: CompileGrammar | None = None,
         config: EngineConfig | None = None,
     ) -> None:
         config = config or EngineConfig()
         self.cache = cache
         self.drafters = dict(drafters)
         scheduler = Scheduler(
-            cache, plan, max_requests=config.max_requests, prefill_chunk=config.prefill_chunk
+            cache,
+            plan,
+            max_requests=config.max_requests,
+            prefill_chunk=config.prefill_chunk,
+            max_width=verifier.max_width,
         )
-        self._parts = StepParts(target, cache, scheduler, self.drafters, verifier)
+        draws = agree_on_draws(plan.verifier, verifier, self.drafters)
+        self._parts = StepParts(target, cache, scheduler, self.drafters, verifier, draws)
         self._decode = decode
+        self._compile_grammar = compile_grammar
         self._requests: dict[str, Request] = {}
         self._ids = itertools.count()
 
@@ -127,6 +144,13 @@ class Engine:
         for label in labels:
             if label not in self.drafters:
                 raise UnknownNameError("loaded drafter", label, self.drafters)
+        max_drafters = self._parts.verifier.max_drafters
+        if max_drafters is not None and len(labels) > max_drafters and not params.is_greedy:
+            raise RequestError(
+                f"the verifier takes drafts of at most {max_drafters} drafter when sampling; got "
+                f"{', '.join(labels)}",
+                hint="name one drafter, or use the verifier coupled",
+            )
         request = Request(
             request_id if request_id is not None else f"request-{next(self._ids)}",
             prompt_ids,
@@ -135,6 +159,7 @@ class Engine:
             drafters=labels,
             info=self._parts.target.info,
             decode=self._decode,
+            grammar=self._grammar(params, len(prompt_ids)),
         )
         self._parts.scheduler.check(request)
         return request
@@ -187,6 +212,16 @@ class Engine:
         for label in request.drafters:
             self.drafters[label].stop(request_id)
 
+    def _grammar(self, params: SamplingParams, num_prompt_ids: int) -> GrammarState | None:
+        if self._compile_grammar is not None:
+            return self._compile_grammar(params, num_prompt_ids)
+        if any(text is not None for text in (params.json_schema, params.regex, params.lark)):
+            raise RequestError(
+                "a grammar needs the model's tokenizer, and this engine has none",
+                hint="leave the grammar out, or give the engine compile_grammar",
+            )
+        return None
+
     def _check_prompt(self, prompt_ids: Sequence[int], params: SamplingParams) -> None:
         """Check what only the model can tell about a request."""
         info = self._parts.target.info
@@ -198,12 +233,13 @@ class Engine:
                 f"{info.context_limit}, at least one of them for output",
                 hint="shorten the prompt",
             )
-        for token_id in (*prompt_ids, *params.logit_bias):
+        named = [("the prompt", token_id) for token_id in prompt_ids]
+        for name, token_id in (*named, *params.named_token_ids()):
             if not isinstance(token_id, int) or not 0 <= token_id < info.vocab_size:
                 raise RequestError(
-                    f"token id {token_id!r} is outside the model's vocabulary "
+                    f"token id {token_id!r} in {name} is outside the model's vocabulary "
                     f"[0, {info.vocab_size})",
-                    hint="check the prompt's token ids and logit_bias",
+                    hint=f"check the token ids of {name}",
                 )
         if params.stop and self._decode is None:
             raise RequestError(

@@ -10,17 +10,21 @@ from typing import TypeVar
 
 import torch
 
+from foretoken.core.options import ComponentSpec
 from foretoken.core.params import SamplingParams
 from foretoken.core.verdict import Exactness
-from foretoken.drafters import prepare_drafter
+from foretoken.drafters import DRAFTERS, prepare_drafter
 from foretoken.drafters.base import DrafterHost
 from foretoken.engine.engine import Engine, EngineConfig
+from foretoken.engine.fit import agree_on_draws, takes_copies_in_trees
+from foretoken.engine.logprobs import TokenLogprobs
 from foretoken.engine.names import resolve_drafters, resolve_model
 from foretoken.engine.request import Emission, FinishReason, Request
 from foretoken.engine.sizing import default_kv_cache_tokens
 from foretoken.engine.stats import RequestStats
 from foretoken.errors import ConfigError, RequestError
 from foretoken.models.adapter import ModelInfo
+from foretoken.models.grammar import GrammarCompiler
 from foretoken.models.loading import load_model
 from foretoken.models.tokenizer import Tokenizer
 from foretoken.planner.plan import DEFAULT_MAX_NODES, Plan
@@ -44,6 +48,9 @@ class RequestOutput:
         seed: Key of its noise; give it again to get the same tokens.
         exactness: How closely the output follows plain decoding.
         stats: Counts and times.
+        logprobs: One entry per output token, if the request asked for them.
+        prompt_logprobs: One entry per token of the prompt after the first, likewise.
+        error: What went wrong, if the finish reason is an error; what was generated before stands.
     """
 
     index: int
@@ -55,6 +62,9 @@ class RequestOutput:
     seed: int
     exactness: Exactness
     stats: RequestStats
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    error: RequestError | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,12 +75,14 @@ class StreamChunk:
         text: New text that can no longer change; may lag behind the tokens.
         token_ids: New tokens.
         sources: For each token, the drafter that guessed it; "" for the target's own.
+        logprobs: One entry per token, if the request asked for them.
         output: The whole output, with the last chunk.
     """
 
     text: str
     token_ids: tuple[int, ...]
     sources: tuple[str, ...]
+    logprobs: tuple[TokenLogprobs, ...]
     output: RequestOutput | None
 
 
@@ -125,8 +137,14 @@ class LLM:
         config = EngineConfig(max_requests=max_requests, prefill_chunk=prefill_chunk)
         # Everything that can be wrong about the options is found before a model is loaded.
         specs = resolve_drafters(plan.drafters, model)
-        builders = [(spec.name, prepare_drafter(spec)) for spec in specs]
         verifier_class = VERIFIERS.load(plan.verifier)
+        forced = ComponentSpec("forced")  # what a request's grammar forces is free to draft
+        if specs and forced not in specs and takes_copies_in_trees(verifier_class):
+            specs = [*specs, forced]
+        builders = [(spec.name, prepare_drafter(spec)) for spec in specs]
+        agree_on_draws(
+            plan.verifier, verifier_class, {spec.name: DRAFTERS.load(spec.name) for spec in specs}
+        )
         _check_count("threads", threads)
         _check_count("kv_cache_tokens", kv_cache_tokens)
         if threads is not None:
@@ -153,6 +171,9 @@ class LLM:
             verifier_class(),
             plan,
             decode=self.tokenizer.decode if self.tokenizer else None,
+            compile_grammar=GrammarCompiler(
+                self.tokenizer, target.info.vocab_size, target.info.eos_ids
+            ).compile,
             config=config,
         )
         self._inboxes: dict[str, deque[Emission]] = {}
@@ -266,6 +287,7 @@ class LLM:
                 text=emission.text,
                 token_ids=emission.token_ids,
                 sources=emission.sources,
+                logprobs=emission.logprobs,
                 output=self._output(prepared) if is_last else None,
             )
 
@@ -302,7 +324,7 @@ class LLM:
                 inbox.append(emission)
 
     def _output(self, prepared: _Prepared) -> RequestOutput:
-        request = prepared.request
+        request, params = prepared.request, prepared.request.params
         return RequestOutput(
             index=prepared.index,
             prompt=prepared.text,
@@ -313,6 +335,9 @@ class LLM:
             seed=request.seed,
             exactness=self.engine.exactness,
             stats=request.stats,
+            logprobs=None if params.logprobs is None else request.logprobs,
+            prompt_logprobs=None if params.prompt_logprobs is None else request.prompt_logprobs,
+            error=request.error,
         )
 
     def _decode(self, token_ids: Sequence[int]) -> str:

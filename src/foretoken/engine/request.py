@@ -7,11 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from foretoken.core.draft import Draft
+from foretoken.core.grammar import GrammarState
 from foretoken.core.params import SamplingParams
 from foretoken.core.sampling import Sampler
 from foretoken.core.verdict import Verdict
+from foretoken.engine.logprobs import TokenLogprobs
 from foretoken.engine.stats import RequestStats
 from foretoken.engine.text import Decode, TextStream
+from foretoken.errors import RequestError
 from foretoken.models.adapter import ModelInfo
 
 
@@ -20,8 +23,9 @@ class FinishReason(enum.Enum):
 
     LENGTH = "length"  # max_new_tokens or the context limit
     EOS = "eos"
-    STOP = "stop"  # a stop text
+    STOP = "stop"  # a stop text, a stop token or the end of a grammar
     ABORT = "abort"
+    ERROR = "error"  # something of the request's own went wrong; the others go on
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +38,7 @@ class Emission:
         sources: For each, the drafter that guessed it; "" for the target's own.
         text: New text that can no longer change; may lag behind the tokens.
         finish_reason: Set with the last emission.
+        logprobs: One entry per token, if the request asked for them.
     """
 
     request_id: str
@@ -41,6 +46,7 @@ class Emission:
     sources: tuple[str, ...]
     text: str
     finish_reason: FinishReason | None
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 class Request:
@@ -54,9 +60,10 @@ class Request:
         drafters: Labels of the drafters that draft for it; none means plain decoding.
         info: The target, for its end-of-sequence tokens and context limit.
         decode: Token ids to text, or None.
+        grammar: What its output must follow, or None.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - one parameter is one part
         self,
         request_id: str,
         prompt_ids: Sequence[int],
@@ -66,6 +73,7 @@ class Request:
         drafters: tuple[str, ...],
         info: ModelInfo,
         decode: Decode | None,
+        grammar: GrammarState | None = None,
     ) -> None:
         self.request_id = request_id
         self.params = params
@@ -73,11 +81,18 @@ class Request:
         self.drafters = drafters
         self.token_ids = list(prompt_ids)
         self.num_prompt_ids = len(prompt_ids)
-        self.sampler = Sampler(params, seed, len(prompt_ids))
+        self._eos_ids = frozenset() if params.ignore_eos else info.eos_ids
+        self._stop_ids = frozenset(params.stop_token_ids)
+        self._grammar = grammar
+        self.sampler = Sampler(
+            params, seed, len(prompt_ids), eos_ids=self._eos_ids, grammar=grammar
+        )
         self.text_stream = TextStream(decode, prompt_ids, params.stop)
         self.finish_reason: FinishReason | None = None
+        self.error: RequestError | None = None
+        self.logprobs: list[TokenLogprobs] = []
+        self.prompt_logprobs: list[TokenLogprobs] = []
         self.stats = RequestStats()
-        self._eos_ids = frozenset() if params.ignore_eos else info.eos_ids
         self.max_tokens = min(self.num_prompt_ids + params.max_new_tokens, info.context_limit)
 
     @property
@@ -95,9 +110,13 @@ class Request:
         """Tokens that the request can still take."""
         return self.max_tokens - len(self.token_ids)
 
-    def accept(self, verdict: Verdict, draft: Draft) -> Emission:
-        """Take a verdict's tokens up to the first that ends the request."""
+    def accept(
+        self, verdict: Verdict, draft: Draft, logprobs: Sequence[TokenLogprobs] = ()
+    ) -> Emission:
+        """Take a verdict's tokens, with what is known of them, up to the first that ends it."""
         token_ids = self._cut(verdict.token_ids)
+        logprobs = tuple(logprobs[: len(token_ids)])
+        self.logprobs += logprobs
         sources = [draft.source[node] for node in verdict.path] + [""]
         sources = sources[: len(token_ids)]
         self.token_ids += token_ids
@@ -106,20 +125,43 @@ class Request:
         text = self.text_stream.take()
         if is_finished:
             text += self.text_stream.finish()
-        return Emission(self.request_id, tuple(token_ids), tuple(sources), text, self.finish_reason)
+        return Emission(
+            self.request_id, tuple(token_ids), tuple(sources), text, self.finish_reason, logprobs
+        )
+
+    def fail(self, error: RequestError) -> Emission:
+        """End because of an error of the request's own; what was emitted stands."""
+        self.error = error
+        self.finish_reason = FinishReason.ERROR
+        return Emission(self.request_id, (), (), self.text_stream.finish(), self.finish_reason)
 
     def _cut(self, token_ids: Sequence[int]) -> list[int]:
         """Return the tokens that still belong to the output; set the reason if it ends."""
         kept = list(token_ids[: self.num_wanted])
         reason = FinishReason.LENGTH if len(kept) == self.num_wanted else None
-        for index, token_id in enumerate(kept):
-            if token_id in self._eos_ids:
-                kept = kept[: index + 1]
-                reason = FinishReason.EOS
+        failed_at = self.sampler.failed_at
+        if failed_at is not None and failed_at < len(self.token_ids) + len(kept):
+            # The choices before it are those of plain decoding, which may end before it comes here.
+            kept, reason = kept[: failed_at - len(self.token_ids)], FinishReason.ERROR
+        for count in range(1, len(kept) + 1):
+            end = self._end_after(kept[:count])
+            if end is not None:
+                kept, reason = kept[:count], end
                 break
         num_until_stop = self.text_stream.push(kept)
         if num_until_stop is not None:
             kept = kept[:num_until_stop]
             reason = FinishReason.STOP
         self.finish_reason = reason
+        self.error = self.sampler.failure if reason is FinishReason.ERROR else None
         return kept
+
+    def _end_after(self, token_ids: Sequence[int]) -> FinishReason | None:
+        """Return why the output ends with the last of some new tokens, if it does."""
+        if token_ids[-1] in self._eos_ids:
+            return FinishReason.EOS
+        if token_ids[-1] in self._stop_ids:
+            return FinishReason.STOP
+        if self._grammar is not None and self._grammar.is_complete(self.token_ids, token_ids):
+            return FinishReason.STOP
+        return None

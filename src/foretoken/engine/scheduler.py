@@ -19,12 +19,14 @@ class Work:
     Args:
         request: Whose it is.
         sequence: Its place in the cache.
+        start: Position of the first token to be fed: as many are cached.
         num_known: Tokens that stand but are not cached, to be fed now; >= 1.
         budget: Bounds of the draft behind them; None while the prompt goes on.
     """
 
     request: Request
     sequence: CachedSequence
+    start: int
     num_known: int
     budget: DraftBudget | None
 
@@ -40,11 +42,19 @@ class Scheduler:
         plan: How much to draft.
         max_requests: Requests that run at once.
         prefill_chunk: Most prompt tokens fed per step, all requests together.
+        max_width: Most children of a node that the verifier takes; None for any number.
     """
 
     def __init__(
-        self, cache: KVCache, plan: Plan, *, max_requests: int, prefill_chunk: int
+        self,
+        cache: KVCache,
+        plan: Plan,
+        *,
+        max_requests: int,
+        prefill_chunk: int,
+        max_width: int | None = None,
     ) -> None:
+        self._max_width = max_width
         self._cache = cache
         self._plan = plan
         self._max_requests = max_requests
@@ -82,15 +92,24 @@ class Scheduler:
         decoding, prefilling = [], []
         num_left = self._prefill_chunk
         for request, sequence in self._running.values():
-            num_unseen = len(request.token_ids) - sequence.num_cached
+            start = sequence.num_cached
+            num_unseen = len(request.token_ids) - start
             if num_unseen == 1:
-                decoding.append(Work(request, sequence, 1, self._plan.budget(request.num_wanted)))
+                budget = self._budget(request)
+                decoding.append(Work(request, sequence, start, 1, budget))
             elif num_left > 0:
                 num_known = min(num_unseen, num_left)
                 num_left -= num_known
                 is_last = num_known == num_unseen
-                budget = self._plan.budget(request.num_wanted) if is_last else None
-                prefilling.append(Work(request, sequence, num_known, budget))
+                prefilling.append(
+                    Work(
+                        request,
+                        sequence,
+                        start,
+                        num_known,
+                        self._budget(request) if is_last else None,
+                    )
+                )
         return decoding + prefilling
 
     def remove(self, request_id: str) -> None:
@@ -102,6 +121,9 @@ class Scheduler:
         else:
             left = (request for request in self._waiting if request.request_id != request_id)
             self._waiting = deque(left)
+
+    def _budget(self, request: Request) -> DraftBudget:
+        return self._plan.budget(request.num_wanted, max_width=self._max_width)
 
     def _admit(self) -> None:
         while self._waiting and len(self._running) < self._max_requests:

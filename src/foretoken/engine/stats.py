@@ -6,6 +6,8 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 
+from foretoken.core.draft import source_names
+
 
 @dataclass(slots=True)
 class RequestStats:
@@ -16,7 +18,7 @@ class RequestStats:
         num_steps: Passes of the target that emitted at least one token.
         num_draft_tokens: Draft tokens scored, root not counted.
         num_accepted: Draft tokens emitted.
-        accepted_by: The same by drafter.
+        accepted_by: The same by drafter; a token that several proposed counts for each.
         prefill_s: Seconds from the first scheduling to the first token.
         decode_s: Seconds from the first token to the last.
     """
@@ -60,7 +62,7 @@ class RequestStats:
         for source in sources:
             if source:
                 self.num_accepted += 1
-                self.accepted_by[source] += 1
+                self.accepted_by.update(source_names(source))
         now_s = time.perf_counter()
         if self._first_token_s is None:
             self._first_token_s = now_s

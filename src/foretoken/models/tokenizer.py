@@ -59,6 +59,11 @@ class Tokenizer:
         return text if isinstance(text, str) else "".join(text)
 
     @property
+    def fast_tokenizer(self) -> Any | None:
+        """The tokenizer of the tokenizers library underneath, None if it is of another kind."""
+        return getattr(self._tokenizer, "backend_tokenizer", None)
+
+    @property
     def vocabulary(self) -> dict[str, int]:
         """Every token text and its id."""
         return dict(self._tokenizer.get_vocab())

@@ -89,11 +89,14 @@ class Plan:
         except ConfigError as error:
             raise ConfigError(f"plan file {str(path)!r}: {error}", hint=error.hint) from error
 
-    def budget(self, num_wanted: int) -> DraftBudget:
+    def budget(self, num_wanted: int, *, max_width: int | None = None) -> DraftBudget:
         """Return the bounds of one request's draft.
 
         Args:
             num_wanted: Tokens that the request can still take; the target adds one itself, so
                 paths longer than the rest would be for nothing.
+            max_width: Most children of a node that the verifier takes.
         """
-        return DraftBudget(max_nodes=self.max_nodes, max_depth=max(0, num_wanted - 1))
+        return DraftBudget(
+            max_nodes=self.max_nodes, max_depth=max(0, num_wanted - 1), max_width=max_width
+        )

@@ -9,6 +9,14 @@ VERIFIERS: Registry[type[Verifier]] = Registry(
     "verifier",
     {
         "coupled": "foretoken.verifiers.coupled:CoupledVerifier",
+        "naive": "foretoken.verifiers.naive:NaiveVerifier",
+        "rejection": "foretoken.verifiers.rejection:RejectionVerifier",
+        "mss": "foretoken.verifiers.mss:MultiStepVerifier",
+        "rrs": "foretoken.verifiers.rrs:RecursiveRejectionWithoutReplacementVerifier",
+        "k-seq": "foretoken.verifiers.k_seq:KSeqVerifier",
+        "block": "foretoken.verifiers.block:BlockVerifier",
+        "traversal": "foretoken.verifiers.traversal:TraversalVerifier",
+        "typical": "foretoken.verifiers.typical:TypicalVerifier",
     },
     group="foretoken.verifiers",
 )

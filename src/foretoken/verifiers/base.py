@@ -7,7 +7,7 @@ from typing import ClassVar, Protocol
 
 from torch import Tensor
 
-from foretoken.core.draft import Draft
+from foretoken.core.draft import Draft, SiblingDraw
 from foretoken.core.sampling import Sampler
 from foretoken.core.verdict import Exactness, Verdict
 
@@ -41,9 +41,17 @@ class Verifier(Protocol):
 
     Attributes:
         exactness: How closely its output follows plain decoding, given equal logits.
+        draws: Ways in which siblings may have been drawn, the preferred one first. A rule that
+            compares probabilities is wrong about siblings that were drawn otherwise.
+        max_width: Most children of a node; None for any number.
+        max_drafters: Most drafters whose drafts may be merged for a sampled request; None for any
+            number. Siblings that several sampled need a rule that can test one q after another.
     """
 
     exactness: ClassVar[Exactness]
+    draws: ClassVar[tuple[SiblingDraw, ...]]
+    max_width: ClassVar[int | None]
+    max_drafters: ClassVar[int | None]
 
     def verify(
         self, draft: Draft, rows: TargetRows, sampler: Sampler, token_ids: Sequence[int]

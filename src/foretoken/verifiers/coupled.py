@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-from foretoken.core.draft import Draft
+from foretoken.core.draft import Draft, SiblingDraw
 from foretoken.core.sampling import Sampler
-from foretoken.core.tree import ROOT
-from foretoken.core.verdict import Exactness, FinalKind, Verdict
+from foretoken.core.verdict import Exactness, Verdict
 from foretoken.verifiers.base import TargetRows
+from foretoken.verifiers.walk import follow_target
 
 
 class CoupledVerifier:
@@ -21,23 +21,17 @@ class CoupledVerifier:
     """
 
     exactness: ClassVar[Exactness] = Exactness.BITWISE
+    draws: ClassVar[tuple[SiblingDraw, ...]] = (
+        SiblingDraw.COUPLED,
+        SiblingDraw.DETERMINISTIC,
+        SiblingDraw.WITHOUT_REPLACEMENT,
+        SiblingDraw.IID,
+    )
+    max_width: ClassVar[int | None] = None
+    max_drafters: ClassVar[int | None] = None
 
     def verify(
         self, draft: Draft, rows: TargetRows, sampler: Sampler, token_ids: Sequence[int]
     ) -> Verdict:
         """Walk down from the root as far as the target's own choices go."""
-        tree = draft.tree
-        node = ROOT
-        nodes: list[int] = []
-        emitted: list[int] = []
-        while True:
-            chosen_id = rows.choose(node, sampler, token_ids, emitted)
-            emitted.append(chosen_id)
-            matching = [
-                child for child in tree.children[node] if tree.token_ids[child] == chosen_id
-            ]
-            if not matching:
-                kind = FinalKind.RECOVERED if tree.children[node] else FinalKind.BONUS
-                return Verdict(tuple(nodes), tuple(emitted), kind)
-            node = matching[0]
-            nodes.append(node)
+        return follow_target(draft.tree, rows, sampler, token_ids)

@@ -1,0 +1,47 @@
+"""Whether a verifier and drafters go together, and how siblings are then drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from foretoken.core.draft import SiblingDraw
+from foretoken.drafters.base import Drafter
+from foretoken.errors import ConfigError
+from foretoken.verifiers.base import Verifier
+
+
+def agree_on_draws(
+    rule: str,
+    verifier: Verifier | type[Verifier],
+    drafters: Mapping[str, Drafter | type[Drafter]],
+) -> dict[str, SiblingDraw]:
+    """Return for each drafter the way of drawing siblings that the verifier prefers of its ways.
+
+    Args:
+        rule: Name of the verifier, for messages.
+        verifier: Or its class; both say it.
+        drafters: Label to drafter or class.
+
+    Raises:
+        ConfigError: A drafter has no way that the verifier takes.
+    """
+    agreed = {}
+    for label, drafter in drafters.items():
+        fitting = [draw for draw in verifier.draws if draw in drafter.draws]
+        if not fitting:
+            raise ConfigError(
+                f"verifier {rule!r} takes siblings drawn as {_listed(verifier.draws)}; "
+                f"drafter {label!r} draws them as {_listed(drafter.draws)}",
+                hint="use the verifier coupled, which takes every draft, or another drafter",
+            )
+        agreed[label] = fitting[0]
+    return agreed
+
+
+def takes_copies_in_trees(verifier: Verifier | type[Verifier]) -> bool:
+    """Return whether tokens that were not sampled may be added to any other draft."""
+    return verifier.max_width is None and SiblingDraw.DETERMINISTIC in verifier.draws
+
+
+def _listed(draws: Collection[SiblingDraw]) -> str:
+    return " or ".join(sorted(draw.value for draw in draws))
