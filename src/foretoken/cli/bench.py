@@ -5,20 +5,18 @@ from __future__ import annotations
 import json
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from foretoken.cli import options
-from foretoken.cli.errors import FileError
+from foretoken.cli.bench_output import progress_bar, written
 from foretoken.cli.terminal import is_terminal, loading, note
 from foretoken.errors import ConfigError, ForetokenError
 
 if TYPE_CHECKING:
-    from foretoken.bench.runner import Progress
     from foretoken.bench.settings import BenchSettings
     from foretoken.core.options import ComponentSpec
 
@@ -40,7 +38,15 @@ foretoken bench --model ./big --drafter draft-model:path=./small --against trans
 foretoken bench --inflate hidden=1536,layers=20,head_dim=64 --dtype bfloat16 --output results
 
 foretoken bench --workload spec_bench.jsonl --num-prompts 60 --format json
+
+foretoken bench specinfer
 """
+
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 
 Drafters = Annotated[
     list[str] | None,
@@ -132,7 +138,9 @@ InProcess = Annotated[
 ]
 
 
+@app.callback(invoke_without_command=True, no_args_is_help=False, epilog=EXAMPLES)
 def bench(
+    context: typer.Context,
     model: options.Model = "stories",
     drafter: Drafters = None,
     max_nodes: MaxNodes = None,
@@ -156,6 +164,9 @@ def bench(
     debug: options.Debug = False,
 ) -> None:
     """Measure what drafts gain here, beside plain decoding and other systems."""
+    if context.invoked_subcommand is not None:
+        _hand_over(context)
+        return
     if not debug:
         warnings.simplefilter("ignore")
     counts = {
@@ -165,8 +176,8 @@ def bench(
         "num_draft_tokens": num_draft_tokens,
     }
     for name, values in {**counts, "batch_size": batch_size, "threads": threads}.items():
-        _check_counts(name, values)
-    with _written(output, force=force) as write:
+        check_counts(name, values)
+    with written(output, _draw, force=force) as write:
         with loading(model):
             settings = _settings(
                 model=model,
@@ -188,11 +199,42 @@ def bench(
     _check_same_tokens(record)
 
 
+def _hand_over(context: typer.Context) -> None:
+    """Leave the work to a subcommand, which has options of its own.
+
+    Raises:
+        ConfigError: An option was given before the subcommand's name, where it means nothing.
+    """
+    name = f"foretoken bench {context.invoked_subcommand}"
+    context.obj.help_command = f"{name} --help"
+    given = [
+        option.opts[0]
+        for option in context.command.params
+        if getattr(context.get_parameter_source(option.name or ""), "name", "") == "COMMANDLINE"
+    ]
+    if given:
+        raise ConfigError(
+            f"{', '.join(given)} before {context.invoked_subcommand} means nothing",
+            hint=f"options follow the name: {name} {given[0]} ...",
+        )
+
+
+def _draw(record: Mapping[str, Any], folder: Path) -> list[Path]:
+    from foretoken.bench.plots import write_plots
+
+    return write_plots(record, folder)
+
+
 def _each(values: Sequence[Any] | None, default: Any) -> tuple[Any, ...]:
     return tuple(dict.fromkeys(values or (default,)))
 
 
-def _check_counts(name: str, values: int | Sequence[int] | None) -> None:
+def check_counts(name: str, values: int | Sequence[int] | None) -> None:
+    """Check that an option's numbers count something.
+
+    Raises:
+        ConfigError: One of them is less than 1.
+    """
     numbers = [values] if isinstance(values, int) else values or ()
     for number in numbers:
         if number < 1:
@@ -270,38 +312,9 @@ def _measure(settings: BenchSettings) -> dict[str, Any]:
 
     if settings.peers and settings.draft is None:
         note("no drafter has a draft model in a directory: other systems only decode plainly")
-    with _progress() as report:
+    with progress_bar() as report:
         result = run_bench(settings, report)
     return make_record(result, sys.argv)
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[Progress], None]]:
-    """Show on a terminal how far the run is; elsewhere nothing."""
-    if not is_terminal(sys.stderr):
-        yield lambda _: None
-        return
-    from rich import progress as bars
-    from rich.console import Console
-
-    columns = (
-        bars.BarColumn(bar_width=24),
-        bars.MofNCompleteColumn(),
-        bars.TimeElapsedColumn(),
-        bars.TextColumn("{task.description}", markup=False),
-    )
-    with bars.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=None)
-
-        def report(progress: Progress) -> None:
-            bar.update(
-                task,
-                completed=progress.done,
-                total=progress.total or None,
-                description=progress.doing,
-            )
-
-        yield report
 
 
 def _show(record: Mapping[str, Any], format_name: str) -> None:
@@ -313,43 +326,6 @@ def _show(record: Mapping[str, Any], format_name: str) -> None:
     from foretoken.bench.report import print_report
 
     print_report(record, Console(width=None if is_terminal(sys.stdout) else PIPE_WIDTH))
-
-
-@contextmanager
-def _written(folder: Path | None, *, force: bool) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """Yield what writes the record and its pictures; all that could hinder it is found first."""
-    if folder is None:
-        yield lambda _: None
-        return
-    from foretoken.bench.plots import check_plots, write_plots
-    from foretoken.bench.record import write_record
-
-    check_plots()
-    if (folder / "record.json").exists() and not force:
-        raise ConfigError(
-            f"output folder {str(folder)!r} holds a record.json",
-            hint="choose another folder, or overwrite it with --force",
-        )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _unwritable(folder, error) from error
-
-    def write(record: Mapping[str, Any]) -> None:
-        try:
-            paths = [write_record(record, folder), *write_plots(record, folder)]
-        except OSError as error:
-            raise _unwritable(folder, error) from error
-        note(f"written: {', '.join(map(str, paths))}")
-
-    yield write
-
-
-def _unwritable(folder: Path, error: OSError) -> FileError:
-    return FileError(
-        f"output folder {str(folder)!r} cannot be written: {error.strerror or error}",
-        hint="name another folder",
-    )
 
 
 def _check_same_tokens(record: Mapping[str, Any]) -> None:

@@ -10,10 +10,13 @@ from typing import Annotated, Any
 import typer
 
 from foretoken import __version__
-from foretoken.cli.bench import EXAMPLES as BENCH_EXAMPLES
-from foretoken.cli.bench import bench
+from foretoken.cli.bench_specinfer import bench_app
+from foretoken.cli.datastore import app as datastore_app
 from foretoken.cli.errors import EXIT_FAILURE, Session, report
 from foretoken.cli.generate import EXAMPLES, EXIT_INTERRUPTED, generate
+from foretoken.cli.train import app as train_app
+from foretoken.cli.verify import EXAMPLES as VERIFY_EXAMPLES
+from foretoken.cli.verify import verify
 
 app = typer.Typer(
     add_completion=False,
@@ -22,7 +25,10 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command(epilog=EXAMPLES, no_args_is_help=False)(generate)
-app.command(epilog=BENCH_EXAMPLES, no_args_is_help=False)(bench)
+app.add_typer(bench_app, name="bench")
+app.command(epilog=VERIFY_EXAMPLES, no_args_is_help=False)(verify)
+app.add_typer(train_app, name="train")
+app.add_typer(datastore_app, name="datastore")
 
 
 def _print_version(wanted: bool) -> None:

@@ -1,0 +1,1 @@
+"""Certificates: does speculative decoding say what the target alone would say?"""

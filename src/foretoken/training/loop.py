@@ -1,0 +1,249 @@
+"""A plain training loop: any module, any loss, resumed to the bit.
+
+The batch of a step is a function of the step's number, so the position in the data is that number
+and needs no state of its own. A checkpoint holds the rest: weights, optimizer, step, random state,
+losses. Training that is cut off and resumed ends with the weights of training that is not.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from foretoken.errors import ConfigError
+
+BatchT = TypeVar("BatchT")
+
+CHECKPOINT_FORMAT = 1
+_EPOCH_STRIDE = 1_000_003  # keeps the shuffles of neighbouring seeds apart
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoopConfig:
+    """How to train.
+
+    Args:
+        num_steps: Updates of the weights.
+        learning_rate: The highest; AdamW's.
+        num_warmup_steps: Steps in which the rate rises linearly; after them it falls along a
+            cosine to a tenth.
+        weight_decay: Of matrices; vectors such as norms have none.
+        max_grad_norm: Longer gradients are shortened to it.
+        num_checkpoint_steps: Steps between checkpoints.
+        seed: Of everything random in the modules, such as dropout.
+    """
+
+    num_steps: int
+    learning_rate: float = 5e-4
+    num_warmup_steps: int = 20
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    num_checkpoint_steps: int = 50
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("num_steps", "num_checkpoint_steps"):
+            if getattr(self, name) < 1:
+                raise ConfigError(
+                    f"{name} is an integer >= 1; got {getattr(self, name)}", hint=f"change {name}"
+                )
+        for name in ("learning_rate", "max_grad_norm"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise ConfigError(
+                    f"{name} is a number above 0; got {value!r}", hint=f"change {name}"
+                )
+
+    def rate(self, step: int) -> float:
+        """Return the learning rate of a step, the first one being 0."""
+        if step < self.num_warmup_steps:
+            return self.learning_rate * (step + 1) / self.num_warmup_steps
+        done = (step - self.num_warmup_steps) / max(1, self.num_steps - self.num_warmup_steps)
+        return self.learning_rate * (0.55 + 0.45 * math.cos(math.pi * done))
+
+
+@dataclass(frozen=True, slots=True)
+class ShuffledBatches:
+    """Which items make up the batch of each step: a new shuffle every epoch.
+
+    Args:
+        num_items: How many there are, at least one.
+        batch_size: Items of a batch; an epoch's last one may have fewer.
+        seed: Of the shuffles.
+    """
+
+    num_items: int
+    batch_size: int
+    seed: int
+
+    @property
+    def num_per_epoch(self) -> int:
+        """Batches that hold every item once."""
+        return math.ceil(self.num_items / self.batch_size)
+
+    def indices(self, step: int) -> list[int]:
+        """Return the items of a step's batch."""
+        epoch, place = divmod(step, self.num_per_epoch)
+        generator = torch.Generator().manual_seed(self.seed * _EPOCH_STRIDE + epoch)
+        order = torch.randperm(self.num_items, generator=generator)
+        return order[place * self.batch_size : (place + 1) * self.batch_size].tolist()
+
+
+def train(
+    module: nn.Module,
+    batch_at: Callable[[int], BatchT],
+    loss_of: Callable[[BatchT], Tensor],
+    config: LoopConfig,
+    *,
+    checkpoint: Path | None = None,
+    on_step: Callable[[int, float], None] = lambda _step, _loss: None,
+) -> list[float]:
+    """Train a module in place and return the loss of every step.
+
+    With a checkpoint, training goes on where the file stands, and ends with exactly the weights
+    of training in one go, on the same machine with the same number of threads.
+
+    Args:
+        module: Its parameters that require gradients are trained.
+        batch_at: Returns the batch of a step; the same one whenever it is asked.
+        loss_of: Returns a batch's loss, a scalar that depends on the module.
+        config: How.
+        checkpoint: File to resume from, and to write now and then; None for neither.
+        on_step: Called after every step with the number of finished steps and the loss.
+
+    Raises:
+        ConfigError: The checkpoint is of other settings or cannot be read, or the loss is not
+            finite.
+    """
+    parameters = [weight for weight in module.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(
+        [
+            {
+                "params": [weight for weight in parameters if weight.dim() >= 2],
+                "weight_decay": config.weight_decay,
+            },
+            {"params": [weight for weight in parameters if weight.dim() < 2], "weight_decay": 0.0},
+        ],
+        lr=config.learning_rate,
+        betas=(0.9, 0.95),
+    )
+    with _own_randomness(_device(module)):
+        torch.manual_seed(config.seed)
+        losses: list[float] = []
+        if checkpoint is not None and checkpoint.exists():
+            losses = _restore(checkpoint, module, optimizer, config)
+        module.train()
+        for step in range(len(losses), config.num_steps):
+            for group in optimizer.param_groups:
+                group["lr"] = config.rate(step)
+            loss = loss_of(batch_at(step))
+            losses.append(_finite(loss.item(), step))
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            num_done = step + 1
+            is_due = num_done % config.num_checkpoint_steps == 0 or num_done == config.num_steps
+            if checkpoint is not None and is_due:
+                _save(checkpoint, module, optimizer, config, losses)
+            on_step(num_done, losses[-1])
+    module.eval()
+    return losses
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file so that whoever reads it, even after a crash, finds the old or the new one.
+
+    Args:
+        path: The file.
+        write: Writes to the path that it is given.
+    """
+    partial = path.with_name(path.name + ".partial")
+    write(partial)
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def _own_randomness(device: torch.device) -> AbstractContextManager[None]:
+    """Give the process its random state back afterwards: a library is a guest."""
+    devices = [device] if device.type == "cuda" else []
+    return torch.random.fork_rng(devices=devices)
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device
+
+
+def _finite(loss: float, step: int) -> float:
+    if not math.isfinite(loss):
+        raise ConfigError(
+            f"the loss of step {step + 1} is {loss}; it must be a finite number",
+            hint="lower the learning rate",
+        )
+    return loss
+
+
+def _save(
+    path: Path,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    config: LoopConfig,
+    losses: list[float],
+) -> None:
+    device = _device(module)
+    state = {
+        "format": CHECKPOINT_FORMAT,
+        "config": asdict(config),
+        "module": module.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "random": torch.get_rng_state(),
+        "device_random": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        "losses": losses,
+    }
+    write_atomically(path, lambda partial: torch.save(state, partial))
+
+
+def _restore(
+    path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, config: LoopConfig
+) -> list[float]:
+    """Load a checkpoint into module, optimizer and random state; return the losses so far."""
+    device = _device(module)
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        is_known = state["format"] == CHECKPOINT_FORMAT
+        if is_known and state["config"] == asdict(config):
+            module.load_state_dict(state["module"])
+            optimizer.load_state_dict(state["optimizer"])
+            torch.set_rng_state(state["random"])
+            if device.type == "cuda" and state["device_random"] is not None:
+                torch.cuda.set_rng_state(state["device_random"], device)
+            return list(state["losses"])
+    except Exception as error:  # what torch.load raises has no common base
+        raise ConfigError(
+            f"checkpoint {path.name} cannot be read: {' '.join(str(error).split())[:200]}",
+            hint="delete the checkpoint; the model that it is of is then trained again",
+        ) from error
+    if not is_known:
+        raise ConfigError(
+            f"checkpoint {path.name} has format {state['format']}, not {CHECKPOINT_FORMAT}",
+            hint="delete the checkpoint; the model that it is of is then trained again",
+        )
+    given = asdict(config)
+    other = [name for name in given if state["config"].get(name) != given[name]]
+    raise ConfigError(
+        f"checkpoint {path.name} was written with other settings: "
+        + ", ".join(f"{name} {state['config'].get(name)}, now {given[name]}" for name in other),
+        hint="train with the same settings, or delete the checkpoint",
+    )
+
+
+__all__ = ["LoopConfig", "ShuffledBatches", "train", "write_atomically"]
