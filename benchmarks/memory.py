@@ -79,7 +79,7 @@ def measure(path: str, model: str, dtype: str, threads: int) -> dict[str, Any]:
         threading.Event().wait(10 * SAMPLE_S)
     with Watch() as load:
         llm = LLM(model, drafters="prompt-lookup", max_nodes=MAX_NODES, max_requests=1, dtype=dtype)
-    info = llm.engine._parts.target.info
+    info = llm.engine.parts.target.info
     num_prompt = min(PROMPT_IDS, info.context_limit - NUM_NEW - 1)
     params = SamplingParams(temperature=0, max_new_tokens=NUM_NEW, ignore_eos=True)
     prompt_ids = [3 + index % 97 for index in range(num_prompt)]

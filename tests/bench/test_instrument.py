@@ -48,7 +48,7 @@ def test_plain_decoding_has_passes_of_one_row_and_no_drafting(llm):
 
 
 def test_nothing_stays_behind(llm):
-    parts = llm.engine._parts
+    parts = llm.engine.parts
     owners = [parts.target, parts.verifier, *llm.engine.drafters.values()]
     before = [dict(vars(owner)) for owner in owners]
     before_text = llm.generate("hello", PARAMS)[0].text
@@ -60,7 +60,7 @@ def test_nothing_stays_behind(llm):
 
 
 def test_timers_of_somebody_else_are_put_back(llm):
-    target = llm.engine._parts.target
+    target = llm.engine.parts.target
     own = target.forward
     target.forward = own
     try:

@@ -75,16 +75,16 @@ def test_long_prompts_are_fed_in_pieces(monkeypatch):
 
 def test_the_engine_is_its_own_again_after_watching():
     engine = make_engine(micro_model())
-    parts = engine._parts
+    parts = engine.parts
 
     def fail():
         with watched(engine, lambda decision: None):
-            assert engine._parts is not parts
+            assert engine.parts is not parts
             raise RuntimeError
 
     with pytest.raises(RuntimeError):
         fail()
-    assert engine._parts is parts
+    assert engine.parts is parts
 
 
 def test_what_counts_as_rounding():

@@ -172,7 +172,7 @@ def test_context_limit_ends_a_request(num_prompt_ids):
     assert len(request.token_ids) == 16
     assert request.output_ids == counted(num_prompt_ids, 16 - num_prompt_ids)
     assert request.finish_reason is FinishReason.LENGTH
-    assert engine._parts.target.rows_per_pass  # and no pass saw a position beyond it
+    assert engine.parts.target.rows_per_pass  # and no pass saw a position beyond it
 
 
 def test_stop_text_inside_an_accepted_path_cuts_tokens_and_text():
@@ -306,7 +306,7 @@ def test_a_target_that_raises_leaves_the_engine_in_order(num_steps):
     requests = [engine.add_request(counted(0, size), greedy(20)) for size in (2, 5, 1)]
     for _ in range(num_steps):
         engine.step()
-    engine._parts.target.fail_next = True
+    engine.parts.target.fail_next = True
     with pytest.raises(RuntimeError, match="fell off"):
         engine.step()
     check_recovery(engine, requests)

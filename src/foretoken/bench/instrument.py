@@ -27,7 +27,7 @@ def timed_phases(llm: LLM) -> Iterator[Phases]:
         llm: Used by nobody else meanwhile.
     """
     phases = Phases()
-    parts = llm.engine._parts
+    parts = llm.engine.parts
     with ExitStack() as stack:
         _wrap(stack, parts.target, "forward", _target_timer(phases), _waiter(parts.target))
         _wrap(stack, parts.verifier, "verify", _adder(phases, "verify_s"))

@@ -102,27 +102,27 @@ def watched(engine: Engine, watch: Watch, *, rule: Verifier | None = None) -> It
         watch: Told of every verdict.
         rule: Decides in place of the engine's own.
     """
-    parts = engine._parts
-    engine._parts = replace(parts, verifier=WatchedRule(rule or parts.verifier, watch))
+    parts = engine.parts
+    engine.parts = replace(parts, verifier=WatchedRule(rule or parts.verifier, watch))
     try:
         yield
     finally:
-        engine._parts = parts
+        engine.parts = parts
 
 
 def target_of(engine: Engine) -> LanguageModel:
     """Return the model that the engine serves."""
-    return engine._parts.target
+    return engine.parts.target
 
 
 def rule_of(engine: Engine) -> Verifier:
     """Return the engine's acceptance rule."""
-    return engine._parts.verifier
+    return engine.parts.verifier
 
 
 def agreed_draws(engine: Engine) -> Mapping[str, SiblingDraw]:
     """Return how each drafter draws siblings when sampling."""
-    return engine._parts.draws
+    return engine.parts.draws
 
 
 def decode(engine: Engine, requests: Sequence[Request], batch_size: int) -> Iterator[Request]:

@@ -131,7 +131,7 @@ def generate(
     machine = {"dtype": dtype, "device": device, "threads": threads}
     run = Run()
     try:
-        llm = _load(model, plan, chosen, machine, is_quiet=not debug)
+        llm = load_llm(model, plan, chosen, machine, is_quiet=not debug)
         work.check_prompts(llm, jobs)
         if compare:
             work.warm_up(llm, jobs)
@@ -147,7 +147,7 @@ def generate(
         raise typer.Exit(EXIT_FAILURE)
 
 
-def _load(
+def load_llm(
     model: str,
     plan_file: Path | None,
     chosen: Mapping[str, Any],
@@ -155,7 +155,7 @@ def _load(
     *,
     is_quiet: bool,
 ) -> LLM:
-    """Load the model; what is chosen on the command line wins over the plan."""
+    """Return the model and its drafters; what is chosen on the command line wins over the plan."""
     with loading(model):
         from foretoken.engine.llm import LLM
         from foretoken.models.quiet import silence_libraries

@@ -17,7 +17,7 @@ import typer
 from foretoken.cli import control_options as controls
 from foretoken.cli import options, work
 from foretoken.cli.errors import EXIT_FAILURE
-from foretoken.cli.generate import EXIT_INTERRUPTED, _load
+from foretoken.cli.generate import EXIT_INTERRUPTED, load_llm
 from foretoken.cli.output import FileSink, StdoutSink
 from foretoken.cli.prompts import Job, read_jobs
 from foretoken.cli.terminal import is_terminal, note
@@ -189,7 +189,7 @@ def verify(
     sink = StdoutSink() if output is None else FileSink(output, force=force)
     chosen = {"drafters": tuple(drafter or ()), "verifier": verifier, "max_nodes": max_nodes}
     machine = {"dtype": dtype, "device": device, "threads": threads}
-    llm = _load(model, plan, chosen, machine, is_quiet=not debug)
+    llm = load_llm(model, plan, chosen, machine, is_quiet=not debug)
     work.check_prompts(llm, jobs)
     settings = _settings(llm, jobs, temperatures, counts)
     record = _certify(llm, replace(settings, allow_lossy=allow_lossy))

@@ -61,6 +61,9 @@ class Engine:
         compile_grammar: Makes the state of a request's grammar; None when there is no way to.
         config: Sizes.
 
+    Attributes:
+        parts: What a step is made of; those who measure put watched ones in their place.
+
     Raises:
         ConfigError: A drafter cannot draw siblings in a way that the verifier takes.
     """
@@ -88,7 +91,7 @@ class Engine:
             max_width=verifier.max_width,
         )
         draws = agree_on_draws(plan.verifier, verifier, self.drafters)
-        self._parts = StepParts(target, cache, scheduler, self.drafters, verifier, draws)
+        self.parts = StepParts(target, cache, scheduler, self.drafters, verifier, draws)
         self._decode = decode
         self._compile_grammar = compile_grammar
         self._requests: dict[str, Request] = {}
@@ -97,12 +100,12 @@ class Engine:
     @property
     def exactness(self) -> Exactness:
         """How closely output follows plain decoding, by the target's arithmetic and the rule."""
-        return Exactness.weakest(self._parts.target.info.exactness, self._parts.verifier.exactness)
+        return Exactness.weakest(self.parts.target.info.exactness, self.parts.verifier.exactness)
 
     @property
     def num_unfinished(self) -> int:
         """Requests that wait or run."""
-        return self._parts.scheduler.num_unfinished
+        return self.parts.scheduler.num_unfinished
 
     def add_request(
         self,
@@ -144,7 +147,7 @@ class Engine:
         for label in labels:
             if label not in self.drafters:
                 raise UnknownNameError("loaded drafter", label, self.drafters)
-        max_drafters = self._parts.verifier.max_drafters
+        max_drafters = self.parts.verifier.max_drafters
         if max_drafters is not None and len(labels) > max_drafters and not params.is_greedy:
             raise RequestError(
                 f"the verifier takes drafts of at most {max_drafters} drafter when sampling; got "
@@ -157,11 +160,11 @@ class Engine:
             params,
             seed=secrets.randbits(64) if params.seed is None else params.seed,
             drafters=labels,
-            info=self._parts.target.info,
+            info=self.parts.target.info,
             decode=self._decode,
             grammar=self._grammar(params, len(prompt_ids)),
         )
-        self._parts.scheduler.check(request)
+        self.parts.scheduler.check(request)
         return request
 
     def submit(self, request: Request) -> None:
@@ -174,7 +177,7 @@ class Engine:
             raise RequestError(
                 f"request id {request.request_id!r} is in use", hint="choose another, or none"
             )
-        self._parts.scheduler.add(request)
+        self.parts.scheduler.add(request)
         self._requests[request.request_id] = request
         view = RequestView(request_id=request.request_id, prompt_ids=request.prompt_ids)
         try:
@@ -187,7 +190,7 @@ class Engine:
     def step(self) -> list[Emission]:
         """Advance every running request; finished ones have left when this returns."""
         try:
-            emissions = run_step(self._parts) if self.num_unfinished else []
+            emissions = run_step(self.parts) if self.num_unfinished else []
         except BaseException:
             # What a drafter that fails at commit has kept from being reported still stands.
             self._release_all([key for key, kept in self._requests.items() if kept.finish_reason])
@@ -208,7 +211,7 @@ class Engine:
 
     def _release(self, request_id: str) -> None:
         request = self._requests.pop(request_id)
-        self._parts.scheduler.remove(request_id)
+        self.parts.scheduler.remove(request_id)
         for label in request.drafters:
             self.drafters[label].stop(request_id)
 
@@ -224,7 +227,7 @@ class Engine:
 
     def _check_prompt(self, prompt_ids: Sequence[int], params: SamplingParams) -> None:
         """Check what only the model can tell about a request."""
-        info = self._parts.target.info
+        info = self.parts.target.info
         if not prompt_ids:
             raise RequestError("the prompt is empty", hint="give at least one token of text")
         if len(prompt_ids) >= info.context_limit:
