@@ -30,6 +30,6 @@ EMBEDDED = {
         draft=_ROOT / "stories" / "draft",
         # Both models fit into the processor's caches, where every row of the target's pass and
         # every level of the draft counts: see docs/decisions/0009-small-trees-for-the-pair.md.
-        draft_options={"max_depth": 6, "min_gain": 0.45, "width": 1, "max_nodes": 6},
+        draft_options={"max_depth": 4, "min_gain": 0.3, "width": 2, "max_nodes": 5},
     )
 }
