@@ -30,7 +30,7 @@ from foretoken import LLM, SamplingParams
 from foretoken.core.draft import DraftBudget
 from foretoken.core.sampling import Sampler
 from foretoken.core.verdict import FinalKind, Verdict
-from foretoken.drafters.base import DraftContext, RequestView
+from foretoken.drafters.base import DraftContext, Outcome, RequestView
 from foretoken.drafters.datastore import Datastore
 
 EDITS = {
@@ -124,7 +124,8 @@ def replay(
             emitted = output_ids[num_done : num_done + len(path) + 1]
             token_ids += emitted
             num_done += len(emitted)
-            drafter.commit(name, Verdict(tuple(path), tuple(emitted), FinalKind.RECOVERED))
+            verdict = Verdict(tuple(path), tuple(emitted), FinalKind.RECOVERED)
+            drafter.commit([Outcome(request_id=name, verdict=verdict, draft=draft)])
             if index >= len(seen):
                 counts["tokens"] += len(emitted)
                 counts["steps"] += 1

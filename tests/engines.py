@@ -10,7 +10,7 @@ import torch
 from foretoken.core.draft import Draft, SiblingDraw
 from foretoken.core.params import SamplingParams
 from foretoken.core.tree import TokenTree
-from foretoken.drafters.base import DrafterHost, DrafterNeeds
+from foretoken.drafters.base import Drafter, DrafterHost, DrafterNeeds, Outcome
 from foretoken.drafters.draft_model import DraftModelDrafter, DraftModelOptions
 from foretoken.engine.engine import Engine, EngineConfig
 from foretoken.models.adapter import ForwardOutput, ModelInfo
@@ -85,7 +85,7 @@ def random_table(vocab_size=20, seed=0, *, spread=2.0, **options):
     return TableModel(logits * spread, **options)
 
 
-class ScriptedDrafter:
+class ScriptedDrafter(Drafter):
     """Drafts whatever a function of the context says, and remembers what it was told.
 
     Args:
@@ -108,8 +108,9 @@ class ScriptedDrafter:
         self.num_proposed += len(contexts)
         return [self._as_draft(context, self._draft(context)) for context in contexts]
 
-    def commit(self, request_id, verdict):
-        self.verdicts[request_id].append(verdict)
+    def commit(self, outcomes):
+        for outcome in outcomes:
+            self.verdicts[outcome.request_id].append(outcome.verdict)
 
     def stop(self, request_id):
         self.stopped.append(request_id)
@@ -118,6 +119,11 @@ class ScriptedDrafter:
         if isinstance(draft, list):
             draft = TokenTree.chain([context.token_ids[-1], *draft])
         return Draft.from_drafter(self.name, draft) if isinstance(draft, TokenTree) else draft
+
+
+def outcome_of(verdict, request_id="r", draft=None, **values):
+    """Return what drafters are told of a verdict; the root is unknown if there is no draft."""
+    return Outcome(request_id=request_id, verdict=verdict, draft=draft or Draft.empty(0), **values)
 
 
 def counting_drafter(vocab_size=26):

@@ -13,7 +13,7 @@ from foretoken.core.noise import Stream
 from foretoken.core.params import SamplingParams
 from foretoken.core.tree import ROOT, TokenTree
 from foretoken.core.verdict import Exactness
-from foretoken.drafters.base import DrafterNeeds
+from foretoken.drafters.base import Drafter, DrafterNeeds
 from foretoken.engine.engine import Engine, EngineConfig
 from foretoken.models.adapter import ForwardOutput
 from foretoken.planner.plan import Plan
@@ -81,7 +81,7 @@ def tables(spread=1.5, distance=1.0):
     return target, target + distance * torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
-class TableDrafter:
+class TableDrafter(Drafter):
     """Draws trees of fixed shape from a table, in the way that the rule asks for.
 
     Args:
@@ -96,15 +96,6 @@ class TableDrafter:
         self.needs = DrafterNeeds()
         self._table = logits
         self._widths = widths
-
-    def start(self, request):
-        pass
-
-    def commit(self, request_id, verdict):
-        pass
-
-    def stop(self, request_id):
-        pass
 
     def propose(self, contexts):
         return [self._tree(context) for context in contexts]

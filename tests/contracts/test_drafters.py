@@ -23,6 +23,7 @@ from tests.engines import (
     held_sizes,
     make_engine,
     make_host,
+    outcome_of,
     plain_ids,
     sampled,
 )
@@ -376,7 +377,7 @@ def test_draft_after_a_commit_is_that_of_the_whole_text(drafter, share, kind):
         [draft] = drafter.propose([context])
         assert_same_draft(draft, propose_fresh(drafter, context))
         verdict = verdict_of(draft, share, rng)
-        drafter.commit("r", verdict)
+        drafter.commit([outcome_of(verdict)])
         text += verdict.token_ids
 
 
@@ -386,7 +387,7 @@ def test_commit_of_a_step_that_it_did_not_draft_for(drafter):
     start(drafter, text)
     for step, path in enumerate([(), (1, 2), (), (3,)]):
         verdict = Verdict(path, tuple(range(step, step + len(path) + 1)), FinalKind.BONUS)
-        drafter.commit("r", verdict)
+        drafter.commit([outcome_of(verdict)])
         text += verdict.token_ids
     context = make_context(text)
     [draft] = drafter.propose([context])
@@ -399,7 +400,7 @@ def test_commit_of_another_drafters_path(drafter):
     for _ in range(3):
         drafter.propose([make_context(text)])
         verdict = Verdict((4, 7), (30, 31, 32), FinalKind.RECOVERED)
-        drafter.commit("r", verdict)
+        drafter.commit([outcome_of(verdict)])
         text += verdict.token_ids
     context = make_context(text)
     [draft] = drafter.propose([context])
@@ -416,7 +417,7 @@ def test_stop_forgets_a_request_and_may_come_twice(drafter):
     for request_id, text in texts.items():
         start(drafter, text, request_id)
     drafter.propose([make_context(text, request_id=key) for key, text in texts.items()])
-    drafter.commit("r0", Verdict((), (3,), FinalKind.RECOVERED))
+    drafter.commit([outcome_of(Verdict((), (3,), FinalKind.RECOVERED), "r0")])
     for request_id in [*texts, *texts, "never started"]:
         drafter.stop(request_id)
     assert held_sizes(drafter) == held_before

@@ -24,6 +24,7 @@ from tests.engines import (
     make_engine,
     make_host,
     micro_model,
+    outcome_of,
     plain_ids,
     random_table,
     sampled,
@@ -72,7 +73,7 @@ def test_cache_equals_that_of_a_draft_model_fed_with_the_text(expansion):
         path = proposed.tree.match(engine_ids[len(text) - len(PROMPT) :])
         num_new = len(path) + 1
         new_ids = engine_ids[len(text) - len(PROMPT) :][:num_new]
-        drafter.commit("r", Verdict(tuple(path), tuple(new_ids), FinalKind.RECOVERED))
+        drafter.commit([outcome_of(Verdict(tuple(path), tuple(new_ids), FinalKind.RECOVERED))])
         text += new_ids
         drafter._cache.check_integrity()
         # Everything but the new root, and perhaps the last accepted node, which was never fed.
@@ -80,7 +81,7 @@ def test_cache_equals_that_of_a_draft_model_fed_with_the_text(expansion):
         other = make_draft_model(target, draft)
         other_state = started(other, text)
         other.propose([context_of(text)])
-        other.commit("r", Verdict((), (0,), FinalKind.RECOVERED))
+        other.commit([outcome_of(Verdict((), (0,), FinalKind.RECOVERED))])
         kept = cached_ids(drafter, state)
         torch.testing.assert_close(
             kept, cached_ids(other, other_state)[: len(kept)], rtol=1e-9, atol=1e-9
@@ -96,7 +97,7 @@ def test_final_token_equal_to_a_dropped_draft_node_is_not_taken_from_the_cache()
     [draft] = drafter.propose([context_of(text, max_nodes=4)])
     assert draft.tree.match([6, 7, 8, 9]) == [1, 2, 3, 4]
     # The engine pruned the node of token 7 away: only 6 was scored, and 7 is the target's own.
-    drafter.commit("r", Verdict((1,), (6, 7), FinalKind.BONUS))
+    drafter.commit([outcome_of(Verdict((1,), (6, 7), FinalKind.BONUS))])
     text += [6, 7]
     assert state.sequence.num_cached == len(text) - 1
     [again] = drafter.propose([context_of(text, max_nodes=4)])
@@ -111,7 +112,7 @@ def test_a_whole_accepted_path_leaves_its_unfed_leaf_for_the_next_draft():
     state = started(drafter, text)
     [draft] = drafter.propose([context_of(text, max_depth=3)])
     assert draft.tree.token_ids[1:] == (6, 7, 8)
-    drafter.commit("r", Verdict((1, 2, 3), (6, 7, 8, 9), FinalKind.BONUS))
+    drafter.commit([outcome_of(Verdict((1, 2, 3), (6, 7, 8, 9), FinalKind.BONUS))])
     text += [6, 7, 8, 9]
     assert state.sequence.num_cached == len(text) - 2  # 8 was drafted but never fed
     [again] = drafter.propose([context_of(text, max_nodes=3)])
@@ -124,7 +125,7 @@ def test_an_accepted_path_of_other_drafters_is_kept_as_far_as_it_was_drafted_her
     text = list(PROMPT)
     state = started(drafter, text)
     drafter.propose([context_of(text, max_nodes=5)])
-    drafter.commit("r", Verdict((1, 5, 9), (6, 20, 21, 22), FinalKind.BONUS))
+    drafter.commit([outcome_of(Verdict((1, 5, 9), (6, 20, 21, 22), FinalKind.BONUS))])
     assert state.sequence.num_cached == len(text) + 1  # and 6
     text += [6, 20, 21, 22]
     [again] = drafter.propose([context_of(text, max_nodes=3)])
@@ -144,7 +145,7 @@ def test_a_failed_step_leaves_nothing_staged_for_the_next():
     assert state.sequence.num_staged == num_staged
     assert draft.tree.token_ids[1] == 6
     drafter._cache.check_integrity()
-    drafter.commit("r", Verdict((), (0,), FinalKind.RECOVERED))
+    drafter.commit([outcome_of(Verdict((), (0,), FinalKind.RECOVERED))])
     assert state.sequence.num_cached == len(PROMPT)
 
 

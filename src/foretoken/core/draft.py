@@ -35,11 +35,14 @@ class DraftBudget:
         max_nodes: Draft tokens, the root not counted; >= 0.
         max_depth: Draft tokens on one path, the root not counted; >= 0.
         max_width: Children of one node, >= 1; None for any number.
+        min_gain: Expected tokens below which one more level of a tree does not pay for itself;
+            a drafter that grows level by level stops there, others need not care.
     """
 
     max_nodes: int
     max_depth: int
     max_width: int | None = None
+    min_gain: float = 0.0
 
     def __post_init__(self) -> None:
         if self.max_nodes < 0 or self.max_depth < 0:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
 
 from foretoken.core.draft import Draft, DraftBudget, SiblingDraw
 from foretoken.core.noise import Stream
@@ -21,11 +23,13 @@ class DrafterNeeds:
     """What a drafter asks of the engine, which reads this and never the class.
 
     Args:
-        hidden_layers: Target layers whose states the drafter receives.
+        hidden_layers: Target layers whose states at the scored nodes the drafter receives.
+        top_logits: How many of the likeliest tokens after each scored node it receives.
         draft_cache: Whether it keeps keys and values that must follow every commit.
     """
 
     hidden_layers: tuple[int, ...] = ()
+    top_logits: int = 0
     draft_cache: bool = False
 
 
@@ -55,10 +59,13 @@ class RequestView:
     Args:
         request_id: Identifies the request until `stop`.
         prompt_ids: The prompt; at least one token.
+        reference_ids: A text that came with the request, from which the output may copy: a
+            predicted output, the file to be edited. Empty if there is none.
     """
 
     request_id: str
     prompt_ids: Sequence[int]
+    reference_ids: Sequence[int] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +99,30 @@ class DraftContext:
         return self.sampler.generator(Stream.DRAFT, len(self.token_ids), self.drafter_index)
 
 
+NO_TOP_IDS: NDArray[np.int64] = np.empty((0, 0), np.int64)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What became of one request in one step.
+
+    Args:
+        request_id: As given to `start`.
+        verdict: What was kept. The request has taken its tokens, up to where it ended.
+        draft: What was scored, of all drafters; the verdict's path are its nodes.
+        top_ids: Likeliest tokens after each node by the target's raw logits, best first, [N, k],
+            -1 where there are fewer; no rows unless a drafter that drafted in this step asks.
+        hidden: For each layer that such a drafter asks for, the target's states at the nodes,
+            [N, D].
+    """
+
+    request_id: str
+    verdict: Verdict
+    draft: Draft
+    top_ids: NDArray[np.int64] = field(default_factory=lambda: NO_TOP_IDS)
+    hidden: Mapping[int, Tensor] = field(default_factory=dict)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DrafterHost:
     """What a drafter may use when it is built.
@@ -116,6 +147,9 @@ class DrafterHost:
 class Drafter(Protocol):
     """Proposes drafts; a lifecycle of start, (propose, commit)*, stop for each request.
 
+    A step may go without its draft: then there is a commit without a propose. Drafters derive
+    from this class, so that those who keep nothing leave out what they do not need.
+
     Attributes:
         Options: Frozen dataclass of its options.
         taxonomy: Its place in the literature.
@@ -135,7 +169,7 @@ class Drafter(Protocol):
 
     def start(self, request: RequestView) -> None:
         """Learn of a new request."""
-        ...
+        return
 
     def propose(self, contexts: Sequence[DraftContext]) -> list[Draft]:
         """Return one draft per context, in the same order, within each budget.
@@ -145,13 +179,18 @@ class Drafter(Protocol):
         """
         ...
 
-    def commit(self, request_id: str, verdict: Verdict) -> None:
+    def commit(self, outcomes: Sequence[Outcome]) -> None:
         """Learn what was kept of a step, whether or not this drafter drafted for it.
 
-        The request has taken the verdict's tokens already, up to where it ended.
+        Args:
+            outcomes: One for each request that it serves and that was given tokens.
         """
-        ...
+        return
 
     def stop(self, request_id: str) -> None:
         """Forget a request; unknown ones are ignored."""
-        ...
+        return
+
+    def close(self) -> None:
+        """Let go of what is held beyond requests; nothing comes after it."""
+        return

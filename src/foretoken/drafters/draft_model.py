@@ -20,8 +20,10 @@ from foretoken.core.tree import ROOT
 from foretoken.core.verdict import Verdict
 from foretoken.drafters.base import (
     DraftContext,
+    Drafter,
     DrafterHost,
     DrafterNeeds,
+    Outcome,
     RequestView,
     Taxonomy,
 )
@@ -124,6 +126,19 @@ class _DraftState:
         self.child_at.clear()
         self.num_known = 0
 
+    def kept(self, verdict: Verdict) -> list[int]:
+        """Return which of the staged nodes stand: the known tokens and the accepted path."""
+        nodes = list(range(self.num_known))
+        parent = self.num_known - 1
+        # Not the final token: it is the next root, and the root's row must be run for its logits.
+        for token_id in verdict.token_ids[:-1]:
+            node = self.child_at.get((parent, token_id))
+            if node is None:
+                break
+            nodes.append(node)
+            parent = node
+        return nodes
+
     def feed_known(self, token_ids: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:
         """Return what is to be fed for the root's logits: token ids, and parents as staged."""
         new_ids = token_ids[self.sequence.num_cached :]
@@ -142,7 +157,7 @@ class _DraftState:
         return new_ids, parents
 
 
-class DraftModelDrafter:
+class DraftModelDrafter(Drafter):
     """Runs a small model once per level of the tree, for all requests together.
 
     When sampling, coupled candidates are ranked by the race that the target will run (same
@@ -201,20 +216,16 @@ class DraftModelDrafter:
             for context, tree in zip(contexts, trees, strict=True)
         ]
 
-    def commit(self, request_id: str, verdict: Verdict) -> None:
+    def commit(self, outcomes: Sequence[Outcome]) -> None:
         """Keep the keys and values of the tokens that stand; drop the other branches."""
-        state = self._states[request_id]
-        kept = list(range(state.num_known))
-        parent = state.num_known - 1
-        # Not the final token: it is the next root, and the root's row must be run for its logits.
-        for token_id in verdict.token_ids[:-1]:
-            node = state.child_at.get((parent, token_id))
-            if node is None:
-                break
-            kept.append(node)
-            parent = node
-        self._cache.commit([(state.sequence, kept)])
-        state.reset()
+        kept = []
+        for outcome in outcomes:
+            state = self._states[outcome.request_id]
+            if state.num_known:
+                kept.append((state.sequence, state.kept(outcome.verdict)))
+                state.reset()
+        if kept:
+            self._cache.commit(kept)
 
     def stop(self, request_id: str) -> None:
         """Free the request's place in the cache."""

@@ -8,12 +8,11 @@ from typing import Any, ClassVar
 
 from foretoken.core.draft import Draft, SiblingDraw
 from foretoken.core.tree import TokenTree
-from foretoken.core.verdict import Verdict
 from foretoken.drafters.base import (
     DraftContext,
+    Drafter,
     DrafterHost,
     DrafterNeeds,
-    RequestView,
     Taxonomy,
 )
 
@@ -23,7 +22,7 @@ class ForcedOptions:
     """`forced` has no options."""
 
 
-class ForcedDrafter:
+class ForcedDrafter(Drafter):
     """Drafts the tokens that a grammar forces: names of properties, brackets, fixed texts.
 
     They cost no model, and as the target may choose nothing else, all are accepted. A request
@@ -50,18 +49,9 @@ class ForcedDrafter:
         """Build it; the grammar comes with each request."""
         return cls()
 
-    def start(self, request: RequestView) -> None:
-        """Keep nothing: the grammar's state is the request's own."""
-
     def propose(self, contexts: Sequence[DraftContext]) -> list[Draft]:
         """Return for each context one chain of forced tokens, as long as its budget allows."""
         return [self._propose_one(context) for context in contexts]
-
-    def commit(self, request_id: str, verdict: Verdict) -> None:
-        """Keep nothing."""
-
-    def stop(self, request_id: str) -> None:
-        """Forget nothing."""
 
     @staticmethod
     def _propose_one(context: DraftContext) -> Draft:

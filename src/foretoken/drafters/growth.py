@@ -296,7 +296,8 @@ class BestFirst:
         max_width = min(self.width, tree.budget.max_width or self.width)
         counts = _plan_best_first(estimates, num_left, max_width, tree.num_levels_left)
         worth = sum(value for value, count in zip(estimates, counts, strict=True) if count)
-        return counts if worth >= self.min_gain else [0] * len(newest)
+        min_gain = max(self.min_gain, tree.budget.min_gain)
+        return counts if worth >= min_gain else [0] * len(newest)
 
     def admit(self, tree: GrowingTree, total: float) -> bool:
         """Add a node that is among the best so far; it may push out another."""
@@ -316,7 +317,7 @@ class BestFirst:
             [-node for total, node in tree.best if -node in offered and total > worth_more_than]
         )
         gain = sum([math.exp(tree.totals[node]) for node in chosen])
-        return chosen if gain >= self.min_gain else []
+        return chosen if gain >= max(self.min_gain, tree.budget.min_gain) else []
 
     def finish(self, tree: GrowingTree) -> list[int]:
         """Keep the best nodes."""

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from foretoken.core.draft import Draft, SiblingDraw
-from foretoken.core.verdict import Verdict
 from foretoken.drafters.base import (
     DraftContext,
+    Drafter,
     DrafterHost,
     DrafterNeeds,
-    RequestView,
     Taxonomy,
 )
 
@@ -22,7 +21,7 @@ class NoDrafterOptions:
     """`none` has no options."""
 
 
-class NoDrafter:
+class NoDrafter(Drafter):
     """Proposes nothing, so that the target decodes one token per step."""
 
     Options: ClassVar[type[Any]] = NoDrafterOptions
@@ -43,15 +42,6 @@ class NoDrafter:
         """Build it; there is nothing to configure."""
         return cls()
 
-    def start(self, request: RequestView) -> None:
-        """Keep nothing."""
-
     def propose(self, contexts: Sequence[DraftContext]) -> list[Draft]:
         """Return empty drafts."""
         return [Draft.empty(context.token_ids[-1]) for context in contexts]
-
-    def commit(self, request_id: str, verdict: Verdict) -> None:
-        """Keep nothing."""
-
-    def stop(self, request_id: str) -> None:
-        """Forget nothing."""

@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 
 from foretoken.core.draft import Draft, SiblingDraw
 from foretoken.core.tree import TokenTree
-from foretoken.core.verdict import Verdict
 from foretoken.drafters.base import (
     DraftContext,
+    Drafter,
     DrafterHost,
     DrafterNeeds,
     RequestView,
@@ -56,7 +56,7 @@ class _NgramIndex:
     next_position: dict[tuple[int, ...], int] = field(default_factory=dict)
 
 
-class PromptLookupDrafter:
+class PromptLookupDrafter(Drafter):
     """Finds the latest earlier occurrence of the last tokens and copies what came after it.
 
     A copy that reaches the end of the text goes on with the copied tokens themselves, so that a
@@ -92,9 +92,6 @@ class PromptLookupDrafter:
     def propose(self, contexts: Sequence[DraftContext]) -> list[Draft]:
         """Return for each context one chain copied from its own text."""
         return [self._propose_one(context) for context in contexts]
-
-    def commit(self, request_id: str, verdict: Verdict) -> None:
-        """Keep nothing: new tokens are indexed when the next draft is asked for."""
 
     def stop(self, request_id: str) -> None:
         """Drop the request's index."""

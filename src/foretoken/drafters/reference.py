@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from foretoken.core.draft import Draft, SiblingDraw
 from foretoken.core.jit import jit
 from foretoken.core.tree import TokenTree
-from foretoken.core.verdict import Verdict
 from foretoken.drafters.base import (
     DraftContext,
+    Drafter,
     DrafterHost,
     DrafterNeeds,
     RequestView,
@@ -82,7 +82,7 @@ class _Place(NamedTuple):
     num_agreed: int = 0
 
 
-class ReferenceDrafter:
+class ReferenceDrafter(Drafter):
     """Keeps its place in a given text and copies on from there.
 
     The place moves on with every token that agrees. At one that does not, the longest run of last
@@ -144,9 +144,6 @@ class ReferenceDrafter:
     def propose(self, contexts: Sequence[DraftContext]) -> list[Draft]:
         """Return for each context one chain copied from the reference."""
         return [self._propose_one(context) for context in contexts]
-
-    def commit(self, request_id: str, verdict: Verdict) -> None:
-        """Keep nothing: new tokens are followed when the next draft is asked for."""
 
     def stop(self, request_id: str) -> None:
         """Forget the request's place."""

@@ -10,12 +10,11 @@ from typing import Any, ClassVar
 import numpy as np
 
 from foretoken.core.draft import Draft, SiblingDraw
-from foretoken.core.verdict import Verdict
 from foretoken.drafters.base import (
     DraftContext,
+    Drafter,
     DrafterHost,
     DrafterNeeds,
-    RequestView,
     Taxonomy,
 )
 from foretoken.drafters.copying import NOTHING, Occurrences, Shape, best_tree
@@ -62,7 +61,7 @@ class RestOptions:
             )
 
 
-class RestDrafter:
+class RestDrafter(Drafter):
     """Finds the longest run of last tokens that the datastore has; its continuations make a tree.
 
     The most frequent continuations come first. The datastore stays on disk, mapped into memory.
@@ -105,18 +104,9 @@ class RestDrafter:
         path = Path(options.path).expanduser()
         return cls(options, Datastore.load(path, host.target.info.vocab_size, host.tokenizer))
 
-    def start(self, request: RequestView) -> None:
-        """Keep nothing: the context says it all."""
-
     def propose(self, contexts: Sequence[DraftContext]) -> list[Draft]:
         """Return for each context one tree of what the datastore has after its last tokens."""
         return [self._propose_one(context) for context in contexts]
-
-    def commit(self, request_id: str, verdict: Verdict) -> None:
-        """Keep nothing."""
-
-    def stop(self, request_id: str) -> None:
-        """Forget nothing."""
 
     def _propose_one(self, context: DraftContext) -> Draft:
         options, root_id = self._options, context.token_ids[-1]

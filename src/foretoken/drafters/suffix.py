@@ -13,9 +13,9 @@ from typing import Any, ClassVar
 import numpy as np
 
 from foretoken.core.draft import Draft, SiblingDraw
-from foretoken.core.verdict import Verdict
 from foretoken.drafters.base import (
     DraftContext,
+    Drafter,
     DrafterHost,
     DrafterNeeds,
     RequestView,
@@ -169,7 +169,7 @@ class PastOutputs:
         return nothing
 
 
-class SuffixDrafter:
+class SuffixDrafter(Drafter):
     """Copies what followed the last tokens most often, as a tree, the deeper the longer the match.
 
     Two indices are asked, one over the request's own prompt and output, one over the outputs of
@@ -216,9 +216,6 @@ class SuffixDrafter:
         """Return for each context the better of two trees, its own text's and past outputs'."""
         return [self._propose_one(context) for context in contexts]
 
-    def commit(self, request_id: str, verdict: Verdict) -> None:
-        """Keep nothing: new tokens are indexed when the next draft is asked for."""
-
     def stop(self, request_id: str) -> None:
         """Drop the request's index; its output joins the past outputs."""
         request = self._requests.pop(request_id, None)
@@ -228,6 +225,11 @@ class SuffixDrafter:
             # With the end of the prompt before it, so that its beginning can be found.
             first = max(0, request.num_prompt_ids - self._options.max_match)
             self._past.add(request.token_ids[first:])
+
+    def close(self) -> None:
+        """Save the past outputs, if they are kept in a file."""
+        if self._past is not None:
+            self._past.save()
 
     def _propose_one(self, context: DraftContext) -> Draft:
         options, token_ids = self._options, context.token_ids

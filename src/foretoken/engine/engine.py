@@ -19,6 +19,7 @@ from foretoken.engine.text import Decode
 from foretoken.errors import ConfigError, RequestError, UnknownNameError
 from foretoken.models.adapter import LanguageModel
 from foretoken.models.cache import KVCache
+from foretoken.planner.base import FixedPlanner, Planner
 from foretoken.planner.plan import Plan
 from foretoken.verifiers.base import Verifier
 
@@ -56,7 +57,8 @@ class Engine:
         cache: Its KV cache.
         drafters: Label to drafter; requests name those they want.
         verifier: The acceptance rule.
-        plan: How much to draft.
+        plan: How much to draft at most.
+        planner: Who drafts how much in each step; None for everybody, always, all of it.
         decode: Token ids to text; None when there is no tokenizer.
         compile_grammar: Makes the state of a request's grammar; None when there is no way to.
         config: Sizes.
@@ -76,6 +78,7 @@ class Engine:
         verifier: Verifier,
         plan: Plan,
         *,
+        planner: Planner | None = None,
         decode: Decode | None = None,
         compile_grammar: CompileGrammar | None = None,
         config: EngineConfig | None = None,
@@ -91,7 +94,9 @@ class Engine:
             max_width=verifier.max_width,
         )
         draws = agree_on_draws(plan.verifier, verifier, self.drafters)
-        self.parts = StepParts(target, cache, scheduler, self.drafters, verifier, draws)
+        self.parts = StepParts(
+            target, cache, scheduler, planner or FixedPlanner(), self.drafters, verifier, draws
+        )
         self._decode = decode
         self._compile_grammar = compile_grammar
         self._requests: dict[str, Request] = {}
@@ -114,9 +119,16 @@ class Engine:
         *,
         drafters: Sequence[str] | None = None,
         request_id: str | None = None,
+        reference_ids: Sequence[int] = (),
     ) -> Request:
         """Queue a request; it joins at one of the next steps. Arguments as for `new_request`."""
-        request = self.new_request(prompt_ids, params, drafters=drafters, request_id=request_id)
+        request = self.new_request(
+            prompt_ids,
+            params,
+            drafters=drafters,
+            request_id=request_id,
+            reference_ids=reference_ids,
+        )
         self.submit(request)
         return request
 
@@ -127,6 +139,7 @@ class Engine:
         *,
         drafters: Sequence[str] | None = None,
         request_id: str | None = None,
+        reference_ids: Sequence[int] = (),
     ) -> Request:
         """Build a request with everything checked, without queueing it.
 
@@ -135,6 +148,8 @@ class Engine:
             params: What it asks; the defaults if None.
             drafters: Labels of the drafters to use; None for all, empty for plain decoding.
             request_id: Unique among unfinished requests; made up if None.
+            reference_ids: A text that the output may copy from, such as a predicted output; for
+                drafters, never for the target.
 
         Raises:
             RequestError: The prompt is empty or too long, a parameter does not fit the model, or
@@ -142,7 +157,7 @@ class Engine:
             UnknownNameError: There is no such drafter.
         """
         params = params or SamplingParams()
-        self._check_prompt(prompt_ids, params)
+        self._check_prompt(prompt_ids, params, reference_ids)
         labels = tuple(dict.fromkeys(self.drafters if drafters is None else drafters))
         for label in labels:
             if label not in self.drafters:
@@ -163,6 +178,7 @@ class Engine:
             info=self.parts.target.info,
             decode=self._decode,
             grammar=self._grammar(params, len(prompt_ids)),
+            reference_ids=reference_ids,
         )
         self.parts.scheduler.check(request)
         return request
@@ -179,7 +195,11 @@ class Engine:
             )
         self.parts.scheduler.add(request)
         self._requests[request.request_id] = request
-        view = RequestView(request_id=request.request_id, prompt_ids=request.prompt_ids)
+        view = RequestView(
+            request_id=request.request_id,
+            prompt_ids=request.prompt_ids,
+            reference_ids=request.reference_ids,
+        )
         try:
             for label in request.drafters:
                 self.drafters[label].start(view)
@@ -205,6 +225,13 @@ class Engine:
             request.finish_reason = FinishReason.ABORT
             self._release(request_id)
 
+    def close(self) -> None:
+        """End all requests and close the drafters; nothing comes after it."""
+        for request_id in list(self._requests):
+            self.abort(request_id)
+        for drafter in self.drafters.values():
+            drafter.close()
+
     def _release_all(self, request_ids: Sequence[str]) -> None:
         for request_id in request_ids:
             self._release(request_id)
@@ -212,6 +239,7 @@ class Engine:
     def _release(self, request_id: str) -> None:
         request = self._requests.pop(request_id)
         self.parts.scheduler.remove(request_id)
+        self.parts.planner.forget(request_id)
         for label in request.drafters:
             self.drafters[label].stop(request_id)
 
@@ -225,7 +253,9 @@ class Engine:
             )
         return None
 
-    def _check_prompt(self, prompt_ids: Sequence[int], params: SamplingParams) -> None:
+    def _check_prompt(
+        self, prompt_ids: Sequence[int], params: SamplingParams, reference_ids: Sequence[int]
+    ) -> None:
         """Check what only the model can tell about a request."""
         info = self.parts.target.info
         if not prompt_ids:
@@ -237,6 +267,7 @@ class Engine:
                 hint="shorten the prompt",
             )
         named = [("the prompt", token_id) for token_id in prompt_ids]
+        named += [("the reference", token_id) for token_id in reference_ids]
         for name, token_id in (*named, *params.named_token_ids()):
             if not isinstance(token_id, int) or not 0 <= token_id < info.vocab_size:
                 raise RequestError(

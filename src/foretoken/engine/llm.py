@@ -12,16 +12,14 @@ import torch
 
 from foretoken.core.options import ComponentSpec
 from foretoken.core.params import SamplingParams
-from foretoken.core.verdict import Exactness
 from foretoken.drafters import DRAFTERS, prepare_drafter
 from foretoken.drafters.base import DrafterHost
 from foretoken.engine.engine import Engine, EngineConfig
 from foretoken.engine.fit import agree_on_draws, takes_copies_in_trees
-from foretoken.engine.logprobs import TokenLogprobs
 from foretoken.engine.names import resolve_drafters, resolve_model
+from foretoken.engine.output import RequestOutput, StreamChunk
 from foretoken.engine.request import Emission, FinishReason, Request
 from foretoken.engine.sizing import default_kv_cache_tokens
-from foretoken.engine.stats import RequestStats
 from foretoken.errors import ConfigError, RequestError
 from foretoken.models.adapter import ModelInfo
 from foretoken.models.grammar import GrammarCompiler
@@ -32,58 +30,6 @@ from foretoken.verifiers import VERIFIERS
 
 T = TypeVar("T")
 Prompt = str | Sequence[int]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RequestOutput:
-    """A finished request.
-
-    Args:
-        index: Place of the prompt in the call.
-        prompt: As given; the decoded text if token ids were given.
-        prompt_ids: The prompt's token ids.
-        text: Output text, without end-of-sequence token and without anything from a stop text.
-        token_ids: Output token ids, the end-of-sequence token included.
-        finish_reason: Why it ended.
-        seed: Key of its noise; give it again to get the same tokens.
-        exactness: How closely the output follows plain decoding.
-        stats: Counts and times.
-        logprobs: One entry per output token, if the request asked for them.
-        prompt_logprobs: One entry per token of the prompt after the first, likewise.
-        error: What went wrong, if the finish reason is an error; what was generated before stands.
-    """
-
-    index: int
-    prompt: str
-    prompt_ids: list[int]
-    text: str
-    token_ids: list[int]
-    finish_reason: FinishReason
-    seed: int
-    exactness: Exactness
-    stats: RequestStats
-    logprobs: list[TokenLogprobs] | None = None
-    prompt_logprobs: list[TokenLogprobs] | None = None
-    error: RequestError | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StreamChunk:
-    """What one step added to a streamed request.
-
-    Args:
-        text: New text that can no longer change; may lag behind the tokens.
-        token_ids: New tokens.
-        sources: For each token, the drafter that guessed it; "" for the target's own.
-        logprobs: One entry per token, if the request asked for them.
-        output: The whole output, with the last chunk.
-    """
-
-    text: str
-    token_ids: tuple[int, ...]
-    sources: tuple[str, ...]
-    logprobs: tuple[TokenLogprobs, ...]
-    output: RequestOutput | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +130,7 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         drafters: str | Sequence[str] | None = None,
+        references: Prompt | Sequence[Prompt] | None = None,
     ) -> list[RequestOutput]:
         """Return the outputs of all prompts, in their order.
 
@@ -192,11 +139,14 @@ class LLM:
             params: For all prompts, or one per prompt.
             drafters: Names of loaded drafters to use; None for all, "none" or empty for plain
                 decoding.
+            references: Texts or token id lists that the outputs may copy from, such as predicted
+                outputs or the text that is to be edited: one per prompt, empty for none; one
+                alone is for all. They change speed, never tokens.
 
         Raises:
             RequestError: A prompt or its parameters do not fit; nothing is generated then.
         """
-        outputs = self.generate_iter(prompts, params, drafters=drafters)
+        outputs = self.generate_iter(prompts, params, drafters=drafters, references=references)
         return sorted(outputs, key=lambda output: output.index)
 
     def generate_iter(
@@ -205,12 +155,13 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         drafters: str | Sequence[str] | None = None,
+        references: Prompt | Sequence[Prompt] | None = None,
     ) -> Iterator[RequestOutput]:
         """Yield each output as soon as it is finished; arguments as for `generate`.
 
         All prompts are checked before the first step. Closing the iterator ends what still runs.
         """
-        return self._run(self._prepare(_as_list(prompts), params, drafters))
+        return self._run(self._prepare(_as_list(prompts), params, drafters, references))
 
     def stream(
         self,
@@ -218,12 +169,13 @@ class LLM:
         params: SamplingParams | None = None,
         *,
         drafters: str | Sequence[str] | None = None,
+        reference: Prompt | None = None,
     ) -> Iterator[StreamChunk]:
         """Yield what each step adds to one prompt; the last chunk carries the whole output.
 
         Closing the iterator ends the request and frees what it holds.
         """
-        [prepared] = self._prepare([prompt], params, drafters)
+        [prepared] = self._prepare([prompt], params, drafters, reference)
         return self._stream(prepared)
 
     def encode(self, prompt: Prompt) -> list[int]:
@@ -253,6 +205,10 @@ class LLM:
         """
         self.engine.new_request(self.encode(prompt), params)
 
+    def close(self) -> None:
+        """End what still runs and let drafters save what they keep; nothing comes after it."""
+        self.engine.close()
+
     # -- running -----------------------------------------------------------------------------
 
     def _prepare(
@@ -260,6 +216,7 @@ class LLM:
         prompts: Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None,
         drafters: str | Sequence[str] | None,
+        references: Prompt | Sequence[Prompt] | None,
     ) -> list[_Prepared]:
         """Check every prompt and build its request; nothing runs yet."""
         prepared = []
@@ -267,9 +224,13 @@ class LLM:
             names = (drafters,) if isinstance(drafters, str) else tuple(drafters)
             drafters = () if names == ("none",) else names
         per_prompt = _params_per_prompt(params, len(prompts))
+        copied = _references_per_prompt(references, len(prompts))
         for index, (prompt, wanted) in enumerate(zip(prompts, per_prompt, strict=True)):
             prompt_ids = self.encode(prompt)
-            request = self.engine.new_request(prompt_ids, wanted, drafters=drafters)
+            reference_ids = self.encode(copied[index]) if len(copied[index]) else ()
+            request = self.engine.new_request(
+                prompt_ids, wanted, drafters=drafters, reference_ids=reference_ids
+            )
             text = prompt if isinstance(prompt, str) else self._decode(prompt_ids)
             prepared.append(_Prepared(index, text, request))
         return prepared
@@ -373,6 +334,20 @@ def _params_per_prompt(
             hint="give one for all or one for each",
         )
     return list(params)
+
+
+def _references_per_prompt(
+    references: Prompt | Sequence[Prompt] | None, num_prompts: int
+) -> list[Prompt]:
+    given: list[Prompt] = [""] if references is None else _as_list(references)
+    if len(given) == 1:
+        return given * num_prompts
+    if len(given) != num_prompts:
+        raise ConfigError(
+            f"there are {num_prompts} prompts and {len(given)} references",
+            hint="give one for all or one for each, an empty one where there is none",
+        )
+    return given
 
 
 def _check_count(name: str, value: int | None) -> None:

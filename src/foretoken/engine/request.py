@@ -61,6 +61,7 @@ class Request:
         info: The target, for its end-of-sequence tokens and context limit.
         decode: Token ids to text, or None.
         grammar: What its output must follow, or None.
+        reference_ids: A text that drafters may copy from; empty if there is none.
     """
 
     def __init__(  # noqa: PLR0913 - one parameter is one part
@@ -74,8 +75,10 @@ class Request:
         info: ModelInfo,
         decode: Decode | None,
         grammar: GrammarState | None = None,
+        reference_ids: Sequence[int] = (),
     ) -> None:
         self.request_id = request_id
+        self.reference_ids = reference_ids
         self.params = params
         self.seed = seed
         self.drafters = drafters

@@ -30,6 +30,26 @@ class Work:
     num_known: int
     budget: DraftBudget | None
 
+    @property
+    def request_id(self) -> str:
+        """Of its request."""
+        return self.request.request_id
+
+    @property
+    def drafters(self) -> tuple[str, ...]:
+        """Labels of the drafters that its request may have."""
+        return self.request.drafters
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the pass without a draft."""
+        return self.num_known
+
+    @property
+    def num_keys(self) -> int:
+        """Positions that its rows look back on, themselves included."""
+        return self.start + self.num_known
+
 
 class Scheduler:
     """Admits waiting requests in order and gives every running one its share of each step.

@@ -1,4 +1,4 @@
-"""The one step: schedule, propose, forward, verify, commit, emit.
+"""The one step: schedule, order, propose, choose, forward, verify, commit, emit.
 
 Prefill is a step with a prompt chunk in place of a tree; plain decoding is a step with an empty
 draft. There is no other loop.
@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from time import perf_counter
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from foretoken.core.draft import Draft, DraftBudget, SiblingDraw, merge_drafts
-from foretoken.core.ranking import argmax_ids
+from foretoken.core.ranking import argmax_ids, best_tokens
 from foretoken.core.verdict import Verdict
-from foretoken.drafters.base import DraftContext, Drafter
+from foretoken.drafters.base import NO_TOP_IDS, DraftContext, Drafter, Outcome
 from foretoken.engine.logprobs import TokenLogprobs, output_logprobs, row_logprobs
 from foretoken.engine.request import Emission
 from foretoken.engine.scheduler import Scheduler, Work
@@ -22,6 +25,7 @@ from foretoken.errors import DrafterError, RequestError
 from foretoken.models.adapter import ForwardOutput, LanguageModel
 from foretoken.models.batch import RaggedBatch, Segment
 from foretoken.models.cache import KVCache
+from foretoken.planner.base import Order, Planner, StepTimes
 from foretoken.verifiers.base import TargetRows, Verifier
 
 
@@ -32,49 +36,75 @@ class StepParts:
     target: LanguageModel
     cache: KVCache
     scheduler: Scheduler
+    planner: Planner
     drafters: Mapping[str, Drafter]
     verifier: Verifier
     draws: Mapping[str, SiblingDraw]  # how each drafter's siblings are drawn when sampling
 
 
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """What a pass scores for one work.
+
+    Args:
+        work: Whose it is.
+        draft: Its tree; the root alone in plain decoding.
+        root: The root's row of the pass.
+        span: Where the tree's rows lie in the logits; empty if nobody wants them.
+    """
+
+    work: Work
+    draft: Draft
+    root: int
+    span: slice
+
+
 def run_step(parts: StepParts) -> list[Emission]:
     """Advance every scheduled request by one pass of the target; at least a token each."""
+    times, start_s = StepTimes(), perf_counter()
     works = parts.scheduler.schedule()
-    drafts = propose(parts, works)
+    orders = parts.planner.order(works)
+    drafts = parts.planner.choose(works, propose(parts, works, orders, times))
     with parts.cache.speculate([work.sequence for work in works]) as cache:
         batch = parts.target.batch(
             cache, [_segment(w, d) for w, d in zip(works, drafts, strict=True)]
         )
-        output = parts.target.forward(batch, _rows(batch, works, drafts))
-        verdicts = verify(parts.verifier, works, drafts, output)
+        rows, scored = _lay_out(batch, works, drafts)
+        hidden_layers = _hidden_layers(parts.drafters, orders)
+        before_s = perf_counter()
+        output = parts.target.forward(batch, rows, hidden_layers=hidden_layers)
+        times.pass_s = perf_counter() - before_s
+        verdicts = verify(parts.verifier, scored, output)
         cache.commit([(w.sequence, _kept(w, v)) for w, v in zip(works, verdicts, strict=True)])
     # The cache has moved on, so requests do too before anything of the drafters' can fail.
-    emissions = emit(works, drafts, verdicts, output)
-    tell_drafters(parts.drafters, works, verdicts)
+    emissions = emit(scored, verdicts, output)
+    tell_drafters(parts.drafters, orders, scored, verdicts, output)
+    times.total_s = perf_counter() - start_s
+    parts.planner.observe(works, verdicts, times)
     return emissions
 
 
-def propose(parts: StepParts, works: Sequence[Work]) -> list[Draft]:
-    """Return a draft per work: the union of what the request's drafters propose, pruned."""
-    budgets = {
-        index: work.budget
-        for index, work in enumerate(works)
-        if work.budget is not None and not work.budget.is_empty
-    }
-    proposed: dict[int, list[Draft]] = {index: [] for index in budgets}
+def propose(
+    parts: StepParts, works: Sequence[Work], orders: Sequence[Order], times: StepTimes
+) -> list[Draft]:
+    """Return a draft per work: the union of what the ordered drafters propose."""
+    proposed: dict[int, list[Draft]] = {}
     for place, (label, drafter) in enumerate(parts.drafters.items()):
-        indices = [index for index in proposed if label in works[index].request.drafters]
+        indices = [index for index, order in enumerate(orders) if label in order]
         if not indices:
             continue
+        start_s = perf_counter()
         contexts = [
-            _context(works[index], budgets[index], parts.draws[label], place) for index in indices
+            _context(works[index], orders[index][label], parts.draws[label], place)
+            for index in indices
         ]
         drafts = drafter.propose(contexts)
         if len(drafts) != len(indices):
             raise _violation(label, f"{len(drafts)} drafts for {len(indices)} contexts")
         for index, context, draft in zip(indices, contexts, drafts, strict=True):
             _check_draft(label, draft, context, parts.target.info.vocab_size)
-            proposed[index].append(draft.renamed(label.partition("#")[0], label))
+            proposed.setdefault(index, []).append(draft.renamed(label.partition("#")[0], label))
+        times.draft_s[label] = perf_counter() - start_s
     return [
         _combine(proposed.get(index, []), work.request.token_ids[-1], work)
         for index, work in enumerate(works)
@@ -82,20 +112,22 @@ def propose(parts: StepParts, works: Sequence[Work]) -> list[Draft]:
 
 
 def verify(
-    verifier: Verifier, works: Sequence[Work], drafts: Sequence[Draft], output: ForwardOutput
+    verifier: Verifier, scored: Sequence[Scored], output: ForwardOutput
 ) -> list[Verdict | None]:
     """Return a verdict per work; None where the prompt goes on or the request has failed."""
-    is_argmax = any(work.budget is not None and work.request.sampler.is_argmax for work in works)
+    is_argmax = any(
+        it.work.budget is not None and it.work.request.sampler.is_argmax for it in scored
+    )
     # The step's one wait for the device; samplers that need more look at the rows one by one.
     largest_ids = argmax_ids(output.logits) if is_argmax else []
     verdicts: list[Verdict | None] = []
-    for work, draft, span in zip(works, drafts, _spans(works, drafts), strict=True):
+    for it in scored:
         verdict = None
-        if work.budget is not None:
-            rows = TargetRows(output.logits[span], largest_ids[span])
-            request = work.request
+        if it.work.budget is not None:
+            rows = TargetRows(output.logits[it.span], largest_ids[it.span])
+            request = it.work.request
             try:
-                verdict = verifier.verify(draft, rows, request.sampler, request.token_ids)
+                verdict = verifier.verify(it.draft, rows, request.sampler, request.token_ids)
             except RequestError as error:
                 request.sampler.fail(error, len(request.token_ids))
         verdicts.append(verdict)
@@ -103,39 +135,71 @@ def verify(
 
 
 def emit(
-    works: Sequence[Work],
-    drafts: Sequence[Draft],
-    verdicts: Sequence[Verdict | None],
-    output: ForwardOutput,
+    scored: Sequence[Scored], verdicts: Sequence[Verdict | None], output: ForwardOutput
 ) -> list[Emission]:
     """Give every request its tokens, or the error that ends it alone."""
     emissions = []
-    spans = _spans(works, drafts)
-    for work, draft, verdict, span in zip(works, drafts, verdicts, spans, strict=True):
-        request = work.request
-        _note_prompt_logprobs(work, output.logits, span.start)
+    for it, verdict in zip(scored, verdicts, strict=True):
+        request = it.work.request
+        _note_prompt_logprobs(it.work, output.logits, it.span.start)
         if verdict is None:
             if request.sampler.failure is not None:
                 emissions.append(request.fail(request.sampler.failure))
         else:
             logprobs: list[TokenLogprobs] = []
             if request.params.logprobs is not None:
-                rows, params = output.logits[span], request.params
+                rows, params = output.logits[it.span], request.params
                 logprobs = output_logprobs(
                     rows, verdict, request.sampler, params, request.token_ids
                 )
-            emissions.append(request.accept(verdict, draft, logprobs))
+            emissions.append(request.accept(verdict, it.draft, logprobs))
     return emissions
 
 
 def tell_drafters(
-    drafters: Mapping[str, Drafter], works: Sequence[Work], verdicts: Sequence[Verdict | None]
+    drafters: Mapping[str, Drafter],
+    orders: Sequence[Order],
+    scored: Sequence[Scored],
+    verdicts: Sequence[Verdict | None],
+    output: ForwardOutput,
 ) -> None:
     """Let every drafter of a request know what was kept, whether or not it drafted."""
-    for work, verdict in zip(works, verdicts, strict=True):
+    outcomes: dict[str, list[Outcome]] = {}
+    for order, it, verdict in zip(orders, scored, verdicts, strict=True):
         if verdict is not None:
-            for label in work.request.drafters:
-                drafters[label].commit(work.request.request_id, verdict)
+            num_top = max([drafters[label].needs.top_logits for label in order], default=0)
+            outcome = _outcome(it, verdict, output, num_top)
+            for label in it.work.request.drafters:
+                outcomes.setdefault(label, []).append(outcome)
+    for label, own in outcomes.items():
+        drafters[label].commit(own)
+
+
+def _outcome(it: Scored, verdict: Verdict, output: ForwardOutput, num_top: int) -> Outcome:
+    num_nodes = len(it.draft.tree)
+    return Outcome(
+        request_id=it.work.request.request_id,
+        verdict=verdict,
+        draft=it.draft,
+        top_ids=_top_ids(output.logits[it.span], num_top) if num_top else NO_TOP_IDS,
+        hidden={
+            layer: states[it.root : it.root + num_nodes] for layer, states in output.hidden.items()
+        },
+    )
+
+
+def _top_ids(logits: Tensor, num_top: int) -> NDArray[np.int64]:
+    """Return the likeliest tokens of each row, best first, [N, num_top]; -1 for want of more."""
+    top_ids = np.full((len(logits), num_top), -1, np.int64)
+    for row, token_ids in enumerate(best_tokens(logits, num_top)[0]):
+        top_ids[row, : len(token_ids)] = token_ids
+    return top_ids
+
+
+def _hidden_layers(drafters: Mapping[str, Drafter], orders: Sequence[Order]) -> list[int]:
+    """Return the layers whose states the drafters of this step ask for."""
+    labels = {label for order in orders for label in order}
+    return sorted({layer for label in labels for layer in drafters[label].needs.hidden_layers})
 
 
 def _context(work: Work, budget: DraftBudget, siblings: SiblingDraw, place: int) -> DraftContext:
@@ -213,25 +277,19 @@ def _num_rows(work: Work, draft: Draft) -> tuple[int, int]:
     return work.num_known - 1 if scores_prompt else 0, len(draft.tree) if is_wanted else 0
 
 
-def _rows(batch: RaggedBatch, works: Sequence[Work], drafts: Sequence[Draft]) -> list[int]:
+def _lay_out(
+    batch: RaggedBatch, works: Sequence[Work], drafts: Sequence[Draft]
+) -> tuple[list[int], list[Scored]]:
+    """Return the rows whose logits are wanted, and where to find what of each work."""
     rows: list[int] = []
+    scored = []
     for start, work, draft in zip(batch.starts[:-1], works, drafts, strict=True):
         root = start + work.num_known - 1
         num_before, num_nodes = _num_rows(work, draft)
+        first = len(rows) + num_before
         rows += range(root - num_before, root + num_nodes)
-    return rows
-
-
-def _spans(works: Sequence[Work], drafts: Sequence[Draft]) -> list[slice]:
-    """Return where each work's tree nodes lie in the logits."""
-    spans = []
-    start = 0
-    for work, draft in zip(works, drafts, strict=True):
-        num_before, num_nodes = _num_rows(work, draft)
-        start += num_before
-        spans.append(slice(start, start + num_nodes))
-        start += num_nodes
-    return spans
+        scored.append(Scored(work, draft, root, slice(first, first + num_nodes)))
+    return rows, scored
 
 
 def _note_prompt_logprobs(work: Work, logits: Tensor, root: int) -> None:

@@ -1,0 +1,104 @@
+"""The planner contract: how much is drafted for whom, and which nodes are worth their rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from foretoken.core.draft import Draft, DraftBudget
+from foretoken.core.verdict import Verdict
+
+Order = Mapping[str, DraftBudget]
+"""Drafters that are to draft for one request in one step, each with the bounds of its draft."""
+
+
+class Share(Protocol):
+    """One request's share of a step, as the planner sees it."""
+
+    @property
+    def request_id(self) -> str:
+        """Identifies the request as long as it runs."""
+        ...
+
+    @property
+    def drafters(self) -> Sequence[str]:
+        """Labels of the drafters that it may have."""
+        ...
+
+    @property
+    def budget(self) -> DraftBudget | None:
+        """What a draft may never exceed; None while the prompt goes on."""
+        ...
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the pass that it takes in any case: the root, or a part of the prompt."""
+        ...
+
+    @property
+    def num_keys(self) -> int:
+        """Positions that its rows look back on."""
+        ...
+
+
+@dataclass(slots=True)
+class StepTimes:
+    """Where the time of a step went, in seconds.
+
+    Args:
+        draft_s: Of each drafter that drafted.
+        pass_s: The target's pass.
+        total_s: All of it, what is around the two included.
+    """
+
+    draft_s: dict[str, float] = field(default_factory=dict)
+    pass_s: float = 0.0
+    total_s: float = 0.0
+
+
+class Planner(Protocol):
+    """Decides in every step; its answers change speed, never tokens."""
+
+    def order(self, shares: Sequence[Share]) -> list[Order]:
+        """Return for each request who drafts and within which bounds; nobody is plain decoding."""
+        ...
+
+    def choose(self, shares: Sequence[Share], drafts: Sequence[Draft]) -> list[Draft]:
+        """Return the drafts cut down to the nodes that are to be scored."""
+        ...
+
+    def observe(
+        self, shares: Sequence[Share], verdicts: Sequence[Verdict | None], times: StepTimes
+    ) -> None:
+        """Learn from a step: what was kept of the drafts last chosen from, and what it took."""
+        ...
+
+    def forget(self, request_id: str) -> None:
+        """Forget a request that has ended; unknown ones are ignored."""
+        ...
+
+
+class FixedPlanner(Planner):
+    """Every drafter drafts in every step, within the bounds, and all of it is scored."""
+
+    def order(self, shares: Sequence[Share]) -> list[Order]:
+        """Return the request's own bounds for each of its drafters."""
+        return [
+            {}
+            if share.budget is None or share.budget.is_empty
+            else dict.fromkeys(share.drafters, share.budget)
+            for share in shares
+        ]
+
+    def choose(self, shares: Sequence[Share], drafts: Sequence[Draft]) -> list[Draft]:
+        """Return the drafts as they are."""
+        return list(drafts)
+
+    def observe(
+        self, shares: Sequence[Share], verdicts: Sequence[Verdict | None], times: StepTimes
+    ) -> None:
+        """Learn nothing."""
+
+    def forget(self, request_id: str) -> None:
+        """Forget nothing."""
