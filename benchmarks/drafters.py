@@ -105,13 +105,21 @@ def replay(
     seen: Sequence[tuple[list[int], list[int]]],
     edits: Sequence[tuple[list[int], list[int]]],
     max_nodes: int,
+    *,
+    has_references: bool = False,
 ) -> dict[str, Any]:
-    """Draft along known outputs: those seen before, then those that count."""
+    """Draft along known outputs: those seen before, then those that count.
+
+    With `has_references` each request brings its prompt, the text to be edited, as its reference.
+    """
     [(name, drafter), *_] = LLM("stories", drafters=specs, threads=1).engine.drafters.items()
     sampler = Sampler(SamplingParams(), 0, 1)
     counts = {"tokens": 0, "steps": 0, "drafted": 0, "accepted": 0}
     for index, (prompt_ids, output_ids) in enumerate([*seen, *edits]):
-        drafter.start(RequestView(request_id=name, prompt_ids=prompt_ids))
+        reference_ids = prompt_ids if has_references else ()
+        drafter.start(
+            RequestView(request_id=name, prompt_ids=prompt_ids, reference_ids=reference_ids)
+        )
         token_ids, num_done = list(prompt_ids), 0
         while num_done < len(output_ids):
             num_left = len(output_ids) - num_done - 1

@@ -74,7 +74,7 @@ def main() -> None:
     # Both models are LanguageModel objects, so one wrapped method times every pass.
     LanguageModel.forward = passes.wrap(LanguageModel.forward)  # type: ignore[method-assign]
     torch.set_num_threads(args.threads)
-    llm = LLM("stories", max_nodes=8, max_requests=args.requests)
+    llm = LLM("stories", max_nodes=8, adaptive=False, max_requests=args.requests)
     prompts = record.OPENINGS.read_text(encoding="utf-8").splitlines()
     prompts = prompts[: max(args.prompts, args.requests)]
     groups = [

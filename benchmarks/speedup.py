@@ -51,6 +51,7 @@ def main() -> None:
     llm = LLM(
         args.model,
         drafters=args.drafter,
+        adaptive=False,
         max_nodes=args.max_nodes,
         threads=args.threads,
         dtype=args.dtype,

@@ -1,6 +1,7 @@
 """Fixtures and settings that every test shares."""
 
 import os
+import tempfile
 from pathlib import Path
 
 import hypothesis
@@ -8,6 +9,10 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+
+# Tests keep cost curves and the like to themselves; processes that they start inherit this.
+_CACHE = tempfile.TemporaryDirectory(prefix="foretoken-tests-")
+os.environ["FORETOKEN_CACHE_DIR"] = _CACHE.name
 
 # CI draws the same examples each time; elsewhere each run explores. Timing is not tested.
 hypothesis.settings.register_profile(

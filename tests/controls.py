@@ -195,21 +195,28 @@ def warper_controls():
 class CyclicGrammar:
     """A grammar over token ids: a token's remainder is one more than the last one's.
 
-    It is narrower than the vocabulary, and allows nothing where `dead_ends` say so.
+    It is narrower than the vocabulary, and allows nothing where `dead_ends` say so, and the next
+    token id alone where `forcing` does.
     """
 
-    def __init__(self, vocab_size, modulus=3, narrower=1, dead_ends=()):
+    def __init__(self, vocab_size, modulus=3, narrower=1, dead_ends=(), forcing=()):
         self._remainders = np.arange(vocab_size - narrower) % modulus
-        self._modulus, self._dead_ends = modulus, dead_ends
+        self._modulus, self._dead_ends, self._forcing = modulus, dead_ends, forcing
 
     def allowed(self, token_ids, path=()):
         last = [*token_ids, *path][-1]
         if last in self._dead_ends:
             return np.zeros(len(self._remainders), dtype=bool)
+        if last in self._forcing:
+            return np.arange(len(self._remainders)) == last + 1
         return self._remainders == (last + 1) % self._modulus
 
     def forced(self, token_ids):
-        return []
+        found, last = [], token_ids[-1]
+        while last in self._forcing:
+            last += 1
+            found.append(last)
+        return found
 
     def is_complete(self, token_ids, path=()):
         return False

@@ -11,6 +11,7 @@ from foretoken.core.draft import Draft, SiblingDraw
 from foretoken.core.params import SamplingParams
 from foretoken.core.tree import TokenTree
 from foretoken.drafters.base import Drafter, DrafterHost, DrafterNeeds, Outcome
+from foretoken.drafters.composite import CompositeDrafter
 from foretoken.drafters.draft_model import DraftModelDrafter, DraftModelOptions
 from foretoken.engine.engine import Engine, EngineConfig
 from foretoken.models.adapter import ForwardOutput, ModelInfo
@@ -243,8 +244,8 @@ def check_books(engine):
     engine.cache.check_integrity()
     assert all(sequence.num_staged == 0 for sequence in engine.cache._sequences)
     for drafter in engine.drafters.values():
-        if drafter.needs.draft_cache:
-            drafter._cache.check_integrity()
+        for cache in draft_caches(drafter):
+            cache.check_integrity()
 
 
 def check_idle(engine):
@@ -255,15 +256,25 @@ def check_idle(engine):
     assert engine.cache.num_sequences == 0
     for drafter in engine.drafters.values():
         assert held_sizes(drafter) == {}
-        if drafter.needs.draft_cache:
-            assert drafter._cache.num_free_blocks == drafter._cache.num_blocks
-            assert drafter._cache.num_sequences == 0
+        for cache in draft_caches(drafter):
+            assert cache.num_free_blocks == cache.num_blocks
+            assert cache.num_sequences == 0
+
+
+def draft_caches(drafter):
+    """Return the caches of a drafter, or of all that it is made of."""
+    if isinstance(drafter, CompositeDrafter):
+        return [cache for _, member in drafter.members for cache in draft_caches(member)]
+    return [drafter._cache] if drafter.needs.draft_cache else []
 
 
 def held_sizes(drafter):
     """Return what a drafter holds per request: its non-empty dicts, by attribute name."""
     if isinstance(drafter, ScriptedDrafter):
         return {}
+    if isinstance(drafter, CompositeDrafter):
+        held = {label: held_sizes(member) for label, member in drafter.members}
+        return {label: sizes for label, sizes in held.items() if sizes}
     return {
         name: len(value)
         for name, value in vars(drafter).items()

@@ -196,6 +196,8 @@ class ByteTokenizer:
         alphabet: Byte of each token id; bytes of prompts outside it become "?".
     """
 
+    fast_tokenizer = None
+
     def __init__(self, alphabet=ASCII_ALPHABET):
         self._alphabet = alphabet
         self._id_of = {byte: token_id for token_id, byte in enumerate(alphabet)}

@@ -57,4 +57,6 @@ def __getattr__(name: str) -> object:
     """Import a public name when it is first used: `import foretoken` alone stays instant."""
     if name in _EXPORTS:
         return getattr(importlib.import_module(_EXPORTS[name]), name)
+    if name == "hf":  # foretoken.hf.generate, without an import of its own
+        return importlib.import_module("foretoken.hf")
     raise AttributeError(f"module 'foretoken' has no attribute {name!r}")

@@ -32,7 +32,7 @@ def test_every_system_does_the_same_work(settings):
 def test_the_order_rotates_from_round_to_round(settings, pair):
     drafters = (f"draft-model:path={pair.draft}", "prompt-lookup")
     seen = []
-    run_bench(settings(drafters=drafters, rounds=3), lambda progress: seen.append(progress.doing))
+    run_bench(settings(drafters=drafters, rounds=3), lambda progress: seen.append(progress.detail))
     order = [doing.rpartition(": ")[2] for doing in seen if ", round " in doing]
     plain, model, lookup = PLAIN, "foretoken draft-model", "foretoken prompt-lookup"
     assert order == [plain, model, lookup, model, lookup, plain, lookup, plain, model]

@@ -265,7 +265,7 @@ def test_an_interrupted_certificate_says_so_and_keeps_what_is_finished():
 
     def interrupt(progress):
         seen.append(progress)
-        if "samples" in progress.doing:
+        if "samples" in progress.detail:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

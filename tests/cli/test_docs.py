@@ -28,11 +28,13 @@ def options():
 def test_the_help_of_generate_is_on_the_page():
     shown = words(help_block())
     for option in options():
-        assert words(f"{option.opts[0]} {option.metavar} {option.help}") in shown
+        names = " ".join([option.opts[0], *option.secondary_opts])
+        assert words(f"{names} {option.metavar} {option.help}") in shown
     in_panels = re.findall(r"^│ (--[a-z-]+)", help_block(), re.MULTILINE)
     assert sorted(in_panels) == sorted(["--help", *(option.opts[0] for option in options())])
 
 
 def test_every_option_that_the_page_names_exists():
-    known = {"--help", "--version", *(option.opts[0] for option in options())}
+    names = [name for option in options() for name in (*option.opts, *option.secondary_opts)]
+    known = {"--help", "--version", *names}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", TEXT)) <= known

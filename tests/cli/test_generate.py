@@ -18,6 +18,7 @@ from foretoken.cli.main import run
 from foretoken.cli.summary import Run, describe_comparison
 from foretoken.core.verdict import Exactness
 from foretoken.errors import ForetokenError
+from tests.engines import greedy
 
 STATISTICS = re.compile(
     r"(\d+ prompts, )?\d+ tokens? in \d+ steps?: \d+\.\d tokens per step, "
@@ -220,6 +221,57 @@ def test_draft_model_and_plan(generate, models_on_disk, tmp_path):
     [also_without] = records(generate(*common, "--max-nodes", 0).out)
     assert also_without["stats"]["num_draft_tokens"] == 0
     assert planned["token_ids"] == without["token_ids"] == also_without["token_ids"]
+
+
+def test_a_reference_saves_steps_and_changes_no_token(generate, models_on_disk, tmp_path):
+    [plain] = LLM(models_on_disk.target, drafters="none").generate("Once", greedy(40))
+    reference = tmp_path / "reference.txt"
+    reference.write_text(f"Once{plain.text}", encoding="utf-8")
+    common = ("--max-new-tokens", 40, "--format", "json", "--drafter", "reference")
+    [alone] = records(generate("Once", *common).out)
+    [record] = records(generate("Once", *common, "--reference", reference).out)
+    assert record["token_ids"] == alone["token_ids"] == plain.token_ids
+    assert record["stats"]["num_steps"] < alone["stats"]["num_steps"] == 40
+    prompts = tmp_path / "prompts.jsonl"
+    lines = [{"prompt": "Once"}, {"prompt": "Once", "reference": f"Once{plain.text}"}]
+    prompts.write_text("\n".join(map(json.dumps, lines)))
+    first, second = records(generate("--input", prompts, *common).out)
+    assert first["stats"]["num_draft_tokens"] == 0
+    assert second["stats"]["num_steps"] == record["stats"]["num_steps"]
+
+
+def test_what_a_drafter_learned_is_there_in_the_next_run(generate, tmp_path):
+    drafter = f"token-recycling:path={tmp_path / 'successors'}"
+    common = ("Once", "--max-new-tokens", 20, "--format", "json", "--drafter", drafter)
+    [[first], [second]] = [records(generate(*common).out) for _ in range(2)]
+    assert first["token_ids"] == second["token_ids"]
+    assert second["stats"]["num_steps"] < first["stats"]["num_steps"]
+
+
+def test_a_streamed_prompt_has_its_reference_too(generate, tmp_path):
+    reference = tmp_path / "reference.txt"
+    reference.write_text("Once", encoding="utf-8")
+    common = ("O", "--max-new-tokens", 4, "--drafter", "reference")
+    assert "no draft tokens" in generate(*common).err
+    assert "no draft tokens" not in generate(*common, "--reference", reference, "--compare").err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--reference", "a.txt", "--drafter", "none"), "--reference is for drafters, and there"),
+        (
+            ("--reference", "nowhere.txt", "--drafter", "reference"),
+            "reference file 'nowhere.txt' cannot be read: No such file",
+        ),
+    ],
+)
+def test_a_reference_that_nobody_can_copy_from_is_refused(generate, arguments, message):
+    result = generate("Once", *arguments)
+    assert result.code == 2
+    error, hint = result.err.splitlines()
+    assert error.startswith(f"error: {message}")
+    assert hint.startswith("hint: ")
 
 
 def test_several_prompts_keep_their_order(generate, tmp_path):

@@ -54,7 +54,8 @@ def test_help_states_the_defaults(cli, monkeypatch):
     text = cli("generate", "--help").out
     assert SamplingParams() == DEFAULTS
     assert f"(default {DEFAULTS.max_new_tokens})" in text
-    assert re.search(rf"--max-nodes .*\(default {Plan().max_nodes}\)", text)
+    limits = rf"default {Plan(adaptive=False).node_limit}, adaptive {Plan().node_limit}"
+    assert re.search(rf"--max-nodes .*\({limits}\)", text)
     assert re.search(rf"--verifier .*\(default {Plan().verifier}\)", text)
     assert re.search(rf"--drafter .*{Plan().drafters[0]} \(default\)", text)
 

@@ -52,6 +52,14 @@ def test_json_lines_override_parameters(tmp_path):
     assert jobs[1].place.endswith("a.jsonl, line 3")
 
 
+def test_a_line_may_have_its_own_reference(tmp_path):
+    lines = '{"prompt": "a"}\n{"prompt": "b", "reference": "own"}\n{"prompt": "c", "reference": ""}'
+    path = write(tmp_path, "a.jsonl", lines)
+    jobs = read_jobs(["one"], path, {}, "for all")
+    assert [job.reference for job in jobs] == ["for all", "for all", "own", ""]
+    assert [job.reference for job in read_jobs(["one"], path, {})] == ["", "", "own", ""]
+
+
 @pytest.mark.parametrize(
     ("text", "prompts"), [("one\n{two\n", ["one", "{two"]), ('\n {"prompt": "a"}\n', ["a"])]
 )
@@ -73,6 +81,8 @@ def test_standard_input_may_be_either(monkeypatch, text, prompts):
         ('{"prompt": "a", "prompt_ids": [1]}', ConfigError, "either prompt or prompt_ids"),
         ('{"seed": 1}', ConfigError, "either prompt or prompt_ids"),
         ('{"prompt": 5}', ConfigError, "prompt is a text; got 5"),
+        ('{"prompt": "a", "reference": 5}', ConfigError, "reference is a text; got 5"),
+        ('{"prompt": "a", "reference": "\\ud800"}', RequestError, "the reference is not valid"),
         ('{"prompt_ids": "12"}', ConfigError, "prompt_ids is a list of integers"),
         ('{"prompt_ids": [true]}', ConfigError, "prompt_ids is a list of integers"),
         ('{"prompt": ""}', RequestError, "the prompt is empty"),

@@ -102,7 +102,7 @@ def test_an_interrupted_run_keeps_what_is_finished(boost, tmp_path, monkeypatch)
 
 
 def test_a_terminal_shows_a_bar_and_what_is_resumed(boost, tmp_path, monkeypatch):
-    monkeypatch.setattr("foretoken.cli.train.is_terminal", lambda stream: stream is sys.stderr)
+    monkeypatch.setattr("foretoken.cli.progress.is_terminal", lambda stream: stream is sys.stderr)
     monkeypatch.setenv("FORCE_COLOR", "1")  # makes rich draw bars into what is no terminal
     monkeypatch.setenv("TERM", "xterm")
     first = boost("--output", tmp_path / "pool", "--no-control")

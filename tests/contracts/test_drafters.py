@@ -6,18 +6,25 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer as RawTokenizer
+from tokenizers import decoders, models
+from transformers import PreTrainedTokenizerFast
 
-from foretoken.core.draft import DraftBudget, SiblingDraw
+from foretoken.core.draft import DraftBudget, SiblingDraw, source_names
 from foretoken.core.options import ComponentSpec
 from foretoken.core.sampling import Sampler
 from foretoken.core.tree import ROOT
 from foretoken.core.verdict import FinalKind, Verdict
 from foretoken.drafters import DRAFTERS, prepare_drafter
-from foretoken.drafters.base import DraftContext, DrafterNeeds, RequestView, Taxonomy
+from foretoken.drafters.base import DraftContext, DrafterNeeds, Follower, RequestView, Taxonomy
 from foretoken.drafters.datastore import Datastore
+from foretoken.drafters.token_files import vocabulary_digest, write_token_file
+from foretoken.drafters.token_recycling import FILE_KIND as SUCCESSORS
+from foretoken.drafters.token_recycling import NUM_SUCCESSORS
 from foretoken.models.loading import load_model
 from tests.engines import (
     check_idle,
+    draft_caches,
     finish,
     greedy,
     held_sizes,
@@ -55,16 +62,66 @@ def write_datastore(folder):
     return str(path)
 
 
+def write_successors(folder):
+    """Write successors of most tokens, more or fewer, as earlier requests leave them."""
+    path, rng = folder / "successors", np.random.default_rng(0)
+    table = np.stack([rng.permutation(VOCAB_SIZE)[:NUM_SUCCESSORS] for _ in range(VOCAB_SIZE)])
+    for token_id, num_known in enumerate(rng.integers(0, NUM_SUCCESSORS + 1, VOCAB_SIZE)):
+        table[token_id, num_known:] = -1
+    vocabulary = vocabulary_digest(VOCAB_SIZE, TOKENIZER)
+    write_token_file(path, SUCCESSORS, vocabulary, list(table.T.astype(np.int32)))
+    return str(path)
+
+
+def write_other_model(folder):
+    """Write a model whose tokenizer has other tokens, some of them of two characters."""
+    path = folder / "other"
+    pieces = [*sorted(set(TOKENIZER.vocabulary), reverse=True), "ab", "ba", "a ", " b"]
+    merges = [(pair[0], pair[1]) for pair in pieces if len(pair) == 2]
+    raw = RawTokenizer(models.BPE({piece: at for at, piece in enumerate(pieces)}, merges))
+    raw.decoder = decoders.Fuse()
+    PreTrainedTokenizerFast(tokenizer_object=raw).save_pretrained(path)
+    config = tiny_config("llama", **{**SIZES, "vocab_size": len(pieces)})
+    build_module(config, seed=4).save_pretrained(path)
+    return str(path)
+
+
 # Name: least options, made from a directory that holds a model of the target's tokens.
 OPTIONS = {
     "none": lambda folder: {},
     "prompt-lookup": lambda folder: {},
     "draft-model": lambda folder: {"path": str(folder)},
+    "universal": lambda folder: {"path": write_other_model(folder), "mode": "text"},
+    "early-exit": lambda folder: {},
+    "layer-skip": lambda folder: {},
     "forced": lambda folder: {},
     "suffix": lambda folder: {},
     "reference": lambda folder: {"path": write_reference(folder)},
     "rest": lambda folder: {"path": write_datastore(folder)},
+    "token-recycling": lambda folder: {"path": write_successors(folder)},
+    "lookahead": lambda folder: {},
+    "merged": lambda folder: {"of": f"suffix+draft-model(path={folder},max_depth=3)+suffix"},
+    "tail": lambda folder: {
+        "of": f"draft-model(path={folder},max_depth=2)",
+        "then": "suffix+prompt-lookup",
+    },
+    "cascade": lambda folder: {
+        "of": f"draft-model(path={folder},max_depth=2)+draft-model(path={folder},width=2)",
+        "guess": "prompt-lookup+suffix",
+    },
 }
+# Of drafters that are made of drafters: the names that their nodes carry.
+SOURCES = {
+    "merged": {"suffix", "draft-model", "suffix#2"},
+    "tail": {"draft-model", "suffix", "prompt-lookup"},
+    "cascade": {"draft-model", "draft-model#2"},
+}
+
+
+def is_follower(name):
+    return issubclass(DRAFTERS.load(name), Follower)
+
+
 PARAMS = {"greedy": greedy(12), "sampled": sampled(12, seed=5, temperature=0.7, top_k=12)}
 SAMPLES = (SiblingDraw.IID, SiblingDraw.WITHOUT_REPLACEMENT)
 
@@ -210,7 +267,9 @@ def test_draft_stays_within_its_budget_below_the_pending_token(name, drafter, ma
         assert draft.tree.num_draft_tokens <= max_nodes
         assert max(draft.tree.depths) <= max_depth
         assert all(0 <= token_id < VOCAB_SIZE for token_id in draft.tree.token_ids)
-        assert set(draft.source[1:]) <= {name}
+        sources = {part for source in draft.source[1:] for part in source_names(source)}
+        assert sources <= SOURCES.get(name, {name})
+        assert all(draft.source[1:])
         assert draft.source[ROOT] == ""
         assert draft.draft_logprobs[ROOT] == 0
         assert all(-math.inf < logprob <= 0 for logprob in draft.draft_logprobs)
@@ -266,6 +325,22 @@ def test_proposing_again_without_commit_gives_the_same_draft(drafter):
     [first] = drafter.propose([make_context(text)])
     [second] = drafter.propose([make_context(text)])
     assert_same_draft(first, second)
+
+
+@pytest.mark.parametrize("name", [it for it in sorted(OPTIONS) if is_follower(it)])
+def test_following_a_path_is_drafting_after_it_and_learns_nothing(drafter):
+    rng = random.Random(21)
+    for _ in range(20):
+        text, path = random_text(rng), random_text(rng, rng.randint(1, 9))
+        start(drafter, text)
+        context = make_context(text)
+        if rng.random() < 0.5:  # it may be asked first
+            drafter.propose([context])
+        followed = drafter.follow(context, path)
+        assert_same_draft(followed, propose_fresh(drafter, make_context(text + path)))
+        assert_same_draft(drafter.follow(context, []), propose_fresh(drafter, context))
+        assert_same_draft(drafter.propose([context])[0], propose_fresh(drafter, context))
+        drafter.stop("r")
 
 
 # -- ways of drawing -------------------------------------------------------------------------
@@ -421,10 +496,10 @@ def test_stop_forgets_a_request_and_may_come_twice(drafter):
     for request_id in [*texts, *texts, "never started"]:
         drafter.stop(request_id)
     assert held_sizes(drafter) == held_before
-    if drafter.needs.draft_cache:
-        drafter._cache.check_integrity()
-        assert drafter._cache.num_sequences == 0
-        assert drafter._cache.num_free_blocks == drafter._cache.num_blocks
+    for cache in draft_caches(drafter):
+        cache.check_integrity()
+        assert cache.num_sequences == 0
+        assert cache.num_free_blocks == cache.num_blocks
 
 
 def test_an_id_can_be_used_again_after_stop(drafter):

@@ -253,3 +253,80 @@ def test_samples_drawn_in_different_ways_lose_their_draws():
     copied = Draft.from_drafter("c", TokenTree.chain([5, 1]))
     assert merge_drafts([sampled_draft("a"), copied]).draws == {}
     assert merge_drafts([sampled_draft("a"), Draft.empty(5)]).draws
+
+
+# -- scouts ----------------------------------------------------------------------------------
+
+
+def scouted_draft(name="drafter"):
+    """Return a draft with two scouts, both less likely than everything else.
+
+    5 ─ 0 ─ 1 ─ 2    likely
+      └ 3 ─ 4        unlikely; 4 is a scout
+          └ 6        unlikelier, a scout
+    """
+    tree = TokenTree((5, 0, 1, 2, 3, 4, 6), (-1, 0, 1, 2, 0, 4, 4))
+    logprobs = (0.0, -0.1, -0.1, -0.1, -3.0, -3.0, -4.0)
+    return Draft.from_drafter(name, tree, draft_logprobs=logprobs, scouts=frozenset({5, 6}))
+
+
+def scouted(draft):
+    return {draft.tree.sequence(node)[1:] for node in draft.scouts}
+
+
+@pytest.mark.parametrize(
+    ("max_nodes", "sequences", "scouts"),
+    [
+        (6, {(0,), (0, 1), (0, 1, 2), (3,), (3, 4), (3, 6)}, {(3, 4), (3, 6)}),
+        (5, {(0,), (0, 1), (3,), (3, 4), (3, 6)}, {(3, 4), (3, 6)}),
+        (3, {(3,), (3, 4), (3, 6)}, {(3, 4), (3, 6)}),
+        (2, {(3,), (3, 4)}, {(3, 4)}),  # of scouts, the less likely ones go first
+        (1, {(3,)}, set()),
+        (0, set(), set()),
+    ],
+)
+def test_scouts_and_what_they_hang_on_are_cut_last(max_nodes, sequences, scouts):
+    pruned = scouted_draft().prune(max_nodes)
+    assert pruned.tree.sequences == {(5, *sequence) for sequence in {(), *sequences}}
+    assert scouted(pruned) == scouts
+
+
+@given(st.lists(drafts(), min_size=1, max_size=3), st.data())
+def test_scouts_outlive_everything_else(some, data):
+    merged = merge_drafts(some)
+    nodes = range(1, len(merged.tree))
+    scouts = data.draw(st.sets(st.sampled_from(nodes))) if len(nodes) else set()
+    draft = Draft.from_drafter(
+        "it", merged.tree, draft_logprobs=merged.draft_logprobs, scouts=frozenset(scouts)
+    )
+    needed = {merged.tree.sequence(above) for it in scouts for above in merged.tree.path(it)}
+    pruned = draft.prune(data.draw(st.integers(0, len(nodes))))
+    kept = pruned.tree.sequences
+    assert needed <= kept or kept <= {(5,), *needed}
+    assert scouted(pruned) == {sequence[1:] for sequence in kept} & scouted(draft)
+
+
+def test_merge_and_rename_keep_scouts():
+    likely = Draft.from_drafter("other", TokenTree.chain([5, 3, 4, 9]))
+    merged = merge_drafts([likely, scouted_draft()])
+    assert scouted(merged) == {(3, 4), (3, 6)}
+    assert merged.source[min(merged.scouts)] == "other+drafter"
+    assert scouted(merged.renamed("drafter", "drafter#2")) == {(3, 4), (3, 6)}
+    assert merge_drafts([likely, likely]).scouts == frozenset()
+
+
+def test_scouts_do_not_decide_which_draws_stand():
+    draws = {0: (Draws(nodes=(1, 2), probs=PROBS),)}
+    tree = TokenTree((5, 0, 2), (-1, 0, 0))
+    draft = Draft.from_drafter(
+        "it", tree, siblings=SiblingDraw.IID, draws=draws, scouts=frozenset({2})
+    )
+    assert drawn_tokens(draft.prune(1)) == {(): [(0,)]}
+    assert draft.prune(1).scouts == frozenset()
+    assert draft.prune(2).scouts == {2}
+
+
+@pytest.mark.parametrize("node", [0, -1, 3])
+def test_a_scout_is_a_draft_token(node):
+    with pytest.raises(ValueError, match=rf"scouts are nodes below .* got \[{node}\]"):
+        Draft.from_drafter("it", TokenTree.chain([5, 1, 2]), scouts=frozenset({node}))

@@ -17,6 +17,13 @@ class Options:
     sampled: bool = False
 
 
+@dataclass(frozen=True)
+class Outer:
+    of: tuple[ComponentSpec, ...]
+    guess: tuple[ComponentSpec, ...] | None = None
+    depth: int = 4
+
+
 @pytest.mark.parametrize(
     ("text", "name", "options"),
     [
@@ -72,3 +79,56 @@ def test_unknown_option_suggests_the_nearest():
     with pytest.raises(UnknownNameError, match="unknown option of d 'dept'") as caught:
         build_options(Options, ComponentSpec.parse("d:path=p,dept=3"))
     assert caught.value.hint == "did you mean 'depth'?"
+
+
+# -- specs inside specs ----------------------------------------------------------------------
+
+
+def test_brackets_hold_an_inner_spec_together():
+    spec = ComponentSpec.parse("merged:of=suffix+d(path=a+b,depth=6)+suffix:depth=2, depth=3")
+    assert build_options(Outer, spec) == Outer(
+        (
+            ComponentSpec("suffix"),
+            ComponentSpec("d", {"path": "a+b", "depth": "6"}),
+            ComponentSpec("suffix", {"depth": "2"}),
+        ),
+        depth=3,
+    )
+
+
+def test_specs_nest_to_any_depth():
+    text = "a:of=b(of=c(path=x(1),depth=2)+d,depth=3)+e,depth=1"
+    [inner, last] = build_options(Outer, ComponentSpec.parse(text)).of
+    [innermost, other] = build_options(Outer, inner).of
+    assert innermost == ComponentSpec("c", {"path": "x(1)", "depth": "2"})
+    assert (last, other) == (ComponentSpec("e"), ComponentSpec("d"))
+    assert str(ComponentSpec.parse(text)) == text
+
+
+def test_brackets_may_stand_for_the_colon():
+    assert ComponentSpec.parse("d(path=a,depth=6)") == ComponentSpec.parse("d:path=a,depth=6")
+    assert ComponentSpec.parse("d()") == ComponentSpec("d")
+    assert ComponentSpec.parse("d:path=a(b)") == ComponentSpec("d", {"path": "a(b)"})
+
+
+def test_specs_that_are_no_text_are_taken_and_printed():
+    inner = ComponentSpec("d", {"path": "p", "expand": (1, 3)})
+    for value in (inner, [inner], ("d(path=p,expand=1-3)",)):
+        spec = ComponentSpec("a", {"of": value, "guess": ["b", inner]})
+        again = build_options(Outer, ComponentSpec.parse(str(spec)))
+        options = build_options(Outer, spec)
+        assert str(options.of[0]) == str(again.of[0]) == "d:path=p,expand=1-3"
+        assert [it.name for it in options.guess] == [it.name for it in again.guess] == ["b", "d"]
+
+
+@pytest.mark.parametrize("text", ["a(b=1", "a:b=1)", "a:b=)1(", "a(b=1)c", "a(b=1)c(d=2)"])
+def test_brackets_that_do_not_match_are_refused(text):
+    with pytest.raises(ConfigError, match="brackets do not match") as caught:
+        ComponentSpec.parse(text)
+    assert "name(key=value" in caught.value.hint
+
+
+@pytest.mark.parametrize("of", ["", "b+", "+b", "b(c)", "(c=1)"])
+def test_malformed_inner_spec_is_refused(of):
+    with pytest.raises(ConfigError):
+        build_options(Outer, ComponentSpec("a", {"of": of}))

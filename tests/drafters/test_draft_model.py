@@ -8,11 +8,12 @@ from foretoken.core.noise import Stream
 from foretoken.core.options import ComponentSpec, build_options
 from foretoken.core.sampling import Sampler
 from foretoken.core.verdict import FinalKind, Verdict
-from foretoken.drafters import draft_model as module_under_test
+from foretoken.drafters import model_drafter as module_under_test
 from foretoken.drafters import prepare_drafter
 from foretoken.drafters.base import DraftContext, RequestView
 from foretoken.drafters.draft_model import DraftModelDrafter, DraftModelOptions
 from foretoken.errors import ConfigError, VocabularyMismatchError
+from foretoken.models.tokenizer import Tokenizer
 from tests.engines import (
     TableModel,
     check_books,
@@ -453,7 +454,7 @@ def test_tokens_of_another_meaning_are_refused(monkeypatch, tmp_path):
     config = tiny_config("llama", num_hidden_layers=1)
     build_module(config).save_pretrained(tmp_path)
     monkeypatch.setattr(
-        module_under_test.Tokenizer,
+        Tokenizer,
         "load",
         classmethod(lambda cls, path: ByteTokenizer(ByteTokenizer()._alphabet[::-1])),
     )

@@ -6,13 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from foretoken import LLM
 from foretoken.core.draft import DraftBudget
 from foretoken.core.params import SamplingParams
 from foretoken.core.sampling import Sampler
 from foretoken.drafters.base import DraftContext, RequestView
 from foretoken.drafters.reference import ReferenceDrafter, ReferenceOptions
-from foretoken.errors import ConfigError
-from tests.engines import make_host, micro_model
+from foretoken.errors import ConfigError, RequestError
+from tests.engines import check_idle, make_host, micro_model
 from tests.fakes import ByteTokenizer
 
 SAMPLER = Sampler(SamplingParams(), 0, 1)
@@ -132,6 +133,123 @@ def test_a_long_prompt_is_followed_at_once():
     assert copied_of(drafter, reference[:39_990]) == reference[39_990:]
 
 
+# -- references of requests ------------------------------------------------------------------
+
+
+def own_drafter(own, shared=(), **options):
+    drafter = ReferenceDrafter(ReferenceOptions(**options), shared)
+    drafter.start(RequestView(request_id="r", prompt_ids=[0], reference_ids=own))
+    return drafter
+
+
+def test_a_request_copies_from_its_own_reference():
+    assert copied_of(own_drafter([1, 2, 3, 4]), [9, 1, 2]) == [3, 4]
+
+
+def test_each_request_has_its_own_until_it_stops():
+    drafter = own_drafter([1, 2, 3])
+    drafter.start(RequestView(request_id="other", prompt_ids=[0], reference_ids=[1, 2, 7]))
+    drafter.start(RequestView(request_id="none", prompt_ids=[0]))
+    budget = DraftBudget(max_nodes=4, max_depth=4)
+    contexts = [
+        DraftContext(request_id=name, token_ids=[1, 2], sampler=SAMPLER, budget=budget)
+        for name in ("r", "other", "none")
+    ]
+    copied = [draft.tree.token_ids[1:] for draft in drafter.propose(contexts)]
+    assert copied == [(3,), (7,), ()]
+    drafter.stop("r")
+    drafter.start(RequestView(request_id="r", prompt_ids=[0], reference_ids=[2, 8]))
+    assert copied_of(drafter, [1, 2]) == [8]
+
+
+@pytest.mark.parametrize(
+    ("own", "shared", "expected"),
+    [
+        ([5, 1, 2, 7], [5, 1, 2, 8], [7]),  # both agree in three tokens: its own
+        ([4, 2, 7], [5, 1, 2, 8], [8]),  # the file agrees in more
+        ([5, 1, 2], [4, 2, 8], [8]),  # its own is at its end
+        ([7, 7], [1, 2, 8], [8]),  # its own has nothing of the kind
+    ],
+)
+def test_the_text_that_agrees_in_more_tokens_is_copied_from(own, shared, expected):
+    drafter = own_drafter(own, shared)
+    assert copied_of(drafter, [5, 1, 2]) == expected
+
+
+def test_without_any_reference_nothing_is_drafted():
+    drafter = own_drafter([])
+    assert copied_of(drafter, [1, 2, 1, 2]) == []
+
+
+@pytest.fixture(scope="module")
+def llm():
+    llm = LLM("stories", drafters="reference", max_nodes=16)
+    yield llm
+    check_idle(llm.engine)
+    llm.close()
+
+
+PROMPTS = ["Once upon a time", "One day, a bird"]
+PARAMS = SamplingParams(max_new_tokens=40)
+
+
+@pytest.fixture(scope="module")
+def plain(llm):
+    return llm.generate(PROMPTS, PARAMS, drafters="none")
+
+
+def steps(outputs):
+    return [output.stats.num_steps for output in outputs]
+
+
+def test_references_save_steps_and_change_no_token(llm, plain):
+    texts = [output.prompt + output.text for output in plain]
+    outputs = llm.generate(PROMPTS, PARAMS, references=texts)
+    assert [output.token_ids for output in outputs] == [output.token_ids for output in plain]
+    assert all(num_steps < 10 for num_steps in steps(outputs))
+    wrong = llm.generate(PROMPTS, PARAMS, references=texts[::-1])
+    assert [output.token_ids for output in wrong] == [output.token_ids for output in plain]
+    assert all(num_steps > 20 for num_steps in steps(wrong))
+
+
+def test_references_of_sampled_requests(llm):
+    params = SamplingParams(max_new_tokens=40, temperature=1.0, seed=4)
+    [expected] = llm.generate(PROMPTS[0], params, drafters="none")
+    [output] = llm.generate(PROMPTS[0], params, references=PROMPTS[0] + expected.text)
+    assert output.token_ids == expected.token_ids
+    assert output.stats.num_steps < 10
+
+
+def test_one_reference_is_for_all_and_an_empty_one_is_none(llm, plain):
+    both = " ".join(output.prompt + output.text for output in plain)
+    for references in (both, [both], llm.encode(both)):
+        outputs = llm.generate(PROMPTS, PARAMS, references=references)
+        assert all(num_steps < 12 for num_steps in steps(outputs))
+    for references in (None, "", [""], ["", ""], [[], []]):
+        assert steps(llm.generate(PROMPTS, PARAMS, references=references)) == steps(plain)
+    outputs = llm.generate(PROMPTS, PARAMS, references=["", llm.encode(both)])
+    assert steps(outputs)[0] == steps(plain)[0]
+    assert steps(outputs)[1] < 12
+
+
+def test_a_stream_has_its_reference(llm, plain):
+    *_, last = llm.stream(PROMPTS[0], PARAMS, reference=PROMPTS[0] + plain[0].text)
+    assert last.output.token_ids == plain[0].token_ids
+    assert last.output.stats.num_steps < 10
+
+
+@pytest.mark.parametrize("references", [["a", "b", "c"], []])
+def test_a_wrong_number_of_references_is_refused(llm, references):
+    with pytest.raises(ConfigError, match=f"2 prompts and {len(references)} references"):
+        llm.generate(PROMPTS, PARAMS, references=references)
+
+
+@pytest.mark.parametrize("token_id", [-1, 10**6, "a"])
+def test_token_ids_that_the_target_does_not_have_are_refused(llm, token_id):
+    with pytest.raises(RequestError, match=r"token id .* in the reference"):
+        llm.generate(PROMPTS[0], PARAMS, references=[[1, token_id]])
+
+
 # -- building --------------------------------------------------------------------------------
 
 
@@ -155,6 +273,12 @@ def test_an_empty_file_drafts_nothing(tmp_path, host):
     assert copied_of(drafter, [1, 2, 3]) == []
 
 
+def test_without_a_file_no_tokenizer_is_needed():
+    drafter = ReferenceDrafter.create(ReferenceOptions(), make_host(micro_model()))
+    drafter.start(RequestView(request_id="r", prompt_ids=[0], reference_ids=[1, 2, 3]))
+    assert copied_of(drafter, [0, 1, 2]) == [3]
+
+
 def test_files_that_cannot_be_used_are_refused(tmp_path, host):
     path = tmp_path / "it.txt"
 
@@ -166,7 +290,7 @@ def test_files_that_cannot_be_used_are_refused(tmp_path, host):
     path.write_bytes(b"\xff\xfe\x00")
     refused("it is not UTF-8")
     path.write_text("zz", encoding="utf-8")
-    refused("needs the target's tokenizer", make_host(micro_model()))
+    refused("path needs the target's tokenizer", make_host(micro_model()))
     refused(
         "token id 27; the target's are below 26",
         make_host(micro_model(vocab_size=26), tokenizer=ByteTokenizer()),

@@ -160,3 +160,31 @@ def test_going_on_beyond_the_bound_is_refused():
     index.extend([1, 2, 3])
     with pytest.raises(ValueError, match="more than 4 tokens"):
         index.extend([4, 5])
+
+
+def test_tokens_that_are_taken_back_leave_nothing():
+    """Up to a full ring: then the next place is the first again, and copies went on with zeros."""
+    rng = np.random.default_rng(0)
+    token_ids = rng.integers(1, 4, 80).tolist()
+    for length in range(55, 66):
+        index, longer = SuffixIndex(1000, 64), SuffixIndex(1000, 64)
+        index.extend(token_ids[:length])
+        longer.extend(token_ids[: length + 3])
+        before = [array.copy() for array in index.find_own(8, ALL)[:3]]
+        with index.extended(token_ids[length : length + 3]):
+            for found, expected in zip(
+                index.find_own(8, ALL), longer.find_own(8, ALL), strict=True
+            ):
+                held = length + 3  # beyond it the arrays are not written yet
+                assert np.array_equal(np.atleast_1d(found)[:held], np.atleast_1d(expected)[:held])
+            assert index.tail(99).tolist() == token_ids[: length + 3]
+        after = index.find_own(8, ALL)
+        assert all(
+            np.array_equal(old[:length], new[:length])
+            for old, new in zip(before, after[:3], strict=True)
+        )
+        assert after.end == index.num_tokens == length
+        index.extend(token_ids[length:])
+        longer.extend(token_ids[length + 3 :])
+        for found, expected in zip(index.find_own(8, ALL), longer.find_own(8, ALL), strict=True):
+            assert np.array_equal(np.atleast_1d(found)[:80], np.atleast_1d(expected)[:80])

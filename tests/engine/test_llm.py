@@ -13,6 +13,8 @@ from foretoken.core.options import ComponentSpec
 from foretoken.core.verdict import Exactness
 from foretoken.engine.names import resolve_drafters
 from foretoken.errors import ConfigError, ModelError, UnknownNameError
+from foretoken.planner.adaptive import AdaptivePlanner
+from foretoken.planner.base import FixedPlanner
 from tests.engines import check_idle, greedy, sampled
 from tests.fakes import build_module, tiny_config
 
@@ -55,7 +57,7 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def shared_llm(folders):
-    return build(folders[0])
+    return build(folders[0], drafters="prompt-lookup")
 
 
 @pytest.fixture
@@ -322,11 +324,74 @@ def test_missing_models_are_refused():
 # -- drafters --------------------------------------------------------------------------------
 
 
-def test_auto_is_the_embedded_draft_or_prompt_lookup():
-    [embedded] = resolve_drafters(["auto"], "stories")
+def test_auto_is_the_embedded_draft_or_what_needs_no_training():
+    embedded, past = resolve_drafters(["auto"], "stories")
     assert embedded.name == "draft-model"
     assert embedded.options["path"] == str(EMBEDDED["stories"].draft)
-    assert resolve_drafters(["auto"], "elsewhere") == [ComponentSpec("prompt-lookup")]
+    assert past == ComponentSpec("suffix")
+    assert [spec.name for spec in resolve_drafters(["auto"], "elsewhere")] == [
+        "suffix",
+        "token-recycling",
+    ]
+
+
+def test_auto_is_adaptive_and_drafters_by_name_are_not(folders):
+    assert isinstance(build(folders[0], drafters="auto").engine.parts.planner, AdaptivePlanner)
+    for options in (
+        {"drafters": "suffix"},
+        {"drafters": "auto", "adaptive": False},
+        {"drafters": "auto", "max_nodes": 0},
+        {"drafters": "none", "adaptive": True},
+    ):
+        assert isinstance(build(folders[0], **options).engine.parts.planner, FixedPlanner)
+    named = build(folders[0], drafters=["suffix", "prompt-lookup"], adaptive=True)
+    assert isinstance(named.engine.parts.planner, AdaptivePlanner)
+
+
+def test_auto_without_a_planner_is_its_first_drafter(folders):
+    llm = build(folders[0], drafters="auto", adaptive=False)
+    assert [label for label in llm.engine.drafters if label not in ("forced", "reference")] == [
+        "suffix"
+    ]
+
+
+def test_an_adaptive_plan_needs_a_rule_that_never_changes_tokens(folders):
+    with pytest.raises(ConfigError, match="make output depend on the clock") as caught:
+        build(folders[0], drafters="draft-model:path=x", verifier="mss", adaptive=True)
+    assert "coupled" in caught.value.hint
+
+
+def test_adaptive_output_is_that_of_plain_decoding(folders):
+    plain = build(folders[0], drafters="none")
+    auto = build(folders[0], drafters="auto")
+    params = [greedy(24), *(sampled(24, seed=seed) for seed in range(4))]
+    wanted = plain.generate(PROMPTS, params)
+    for _ in range(3):  # what was learned differs from call to call
+        got = auto.generate(PROMPTS, params)
+        assert [it.token_ids for it in got] == [it.token_ids for it in wanted]
+    check_idle(auto.engine)
+
+
+def test_references_are_for_all_or_one_each_and_change_nothing(folders):
+    llm = build(folders[0], drafters="suffix")
+    plain = llm.generate(PROMPTS, greedy(20), drafters="none")
+    texts = [it.text or "x" for it in plain]
+    for references in (None, "abc", texts, [[97, 98, 99]], ["", "a", "", "b", ""]):
+        got = llm.generate(PROMPTS, greedy(20), references=references)
+        assert [it.token_ids for it in got] == [it.token_ids for it in plain]
+    with pytest.raises(ConfigError, match="5 prompts and 2 references"):
+        llm.generate(PROMPTS, greedy(4), references=["a", "b"])
+    with pytest.raises(RequestError, match="in the reference is outside"):
+        llm.generate("ab", greedy(4), references=[[100000]])
+
+
+def test_closing_ends_requests_and_drafters(folders):
+    llm = build(folders[0], drafters="suffix")
+    chunks = llm.stream("ab", greedy(50))
+    next(chunks)
+    llm.close()
+    assert llm.engine.num_unfinished == 0
+    assert list(chunks) == []
 
 
 def test_none_is_no_drafter():
@@ -360,7 +425,7 @@ def test_any_drafters_give_the_same_text(folders):
 
 def test_a_drafter_named_twice_gets_a_number(folders):
     llm = build(folders[0], drafters=["prompt-lookup", "prompt-lookup:max_ngram=1"])
-    assert list(llm.engine.drafters) == ["prompt-lookup", "prompt-lookup#2", "forced"]
+    assert list(llm.engine.drafters) == ["prompt-lookup", "prompt-lookup#2", "forced", "reference"]
     [output] = llm.generate("abc", greedy(4), drafters=["prompt-lookup#2"])
     assert output.stats.num_tokens == 4
 

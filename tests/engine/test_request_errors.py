@@ -49,7 +49,9 @@ class SampledVerifier(CoupledVerifier):
 def make(verifier, drafters, **sizes):
     target = counting_model()
     cache = target.new_cache(4096)
-    return Engine(target, cache, drafters, verifier, Plan(), config=EngineConfig(**sizes))
+    return Engine(
+        target, cache, drafters, verifier, Plan(max_nodes=8), config=EngineConfig(**sizes)
+    )
 
 
 def test_an_error_ends_its_own_request_with_what_it_has():

@@ -6,16 +6,27 @@ import pytest
 
 from foretoken.core.draft import DraftBudget
 from foretoken.errors import ConfigError, UnknownNameError
-from foretoken.planner.plan import DEFAULT_MAX_NODES, Plan
+from foretoken.planner.plan import ADAPTIVE_MAX_NODES, DEFAULT_MAX_NODES, Plan
 
 
 def test_defaults():
     plan = Plan()
-    assert (plan.drafters, plan.verifier, plan.max_nodes) == (
-        ("auto",),
-        "coupled",
-        DEFAULT_MAX_NODES,
-    )
+    assert (plan.drafters, plan.verifier, plan.max_nodes) == (("auto",), "coupled", None)
+    assert plan.is_adaptive
+    assert plan.node_limit == ADAPTIVE_MAX_NODES
+
+
+def test_drafters_by_name_are_used_as_they_are():
+    plan = Plan(drafters=("suffix",))
+    assert not plan.is_adaptive
+    assert plan.node_limit == DEFAULT_MAX_NODES
+    assert Plan(drafters=("suffix",), adaptive=True).node_limit == ADAPTIVE_MAX_NODES
+    assert Plan(max_nodes=0).node_limit == 0
+
+
+def test_adaptive_is_true_false_or_nothing():
+    with pytest.raises(ConfigError, match="adaptive is true, false or nothing; got 1"):
+        Plan(adaptive=1)
 
 
 @pytest.mark.parametrize(

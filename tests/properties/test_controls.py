@@ -51,8 +51,8 @@ def dislike_five(input_ids, scores):
 HISTORY = {
     **history_controls(VOCAB_SIZE),
     "ignore_eos": st.booleans(),
-    # Stands for a grammar of token ids, and for one that has dead ends.
-    "regex": st.sampled_from(["cyclic", "with dead ends"]),
+    # Stands for a grammar of token ids, for one that has dead ends, for one that forces tokens.
+    "regex": st.sampled_from(["cyclic", "with dead ends", "with forced tokens"]),
     "logits_processors": st.sampled_from(
         [(lean_on_the_past,), (dislike_five,), (lean_on_the_past, dislike_five)]
     ),
@@ -86,7 +86,11 @@ def params_of(values):
 def compile_grammar(params, num_prompt_ids):
     if params.regex is None:
         return None
-    return CyclicGrammar(VOCAB_SIZE, dead_ends=(5, 11) if params.regex == "with dead ends" else ())
+    return CyclicGrammar(
+        VOCAB_SIZE,
+        dead_ends=(5, 11) if params.regex == "with dead ends" else (),
+        forcing=range(1, 6) if params.regex == "with forced tokens" else (),
+    )
 
 
 def controlled_engine(target, drafters, *, max_nodes, **sizes):

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from foretoken.drafters.forced import ForcedDrafter
 from foretoken.drafters.suffix import SuffixDrafter, SuffixOptions
 from tests.engines import OracleDrafter, check_idle, make_draft_model, make_host, random_table
 from tests.properties.test_controls import (
@@ -53,6 +54,7 @@ def check_same_logprobs(cases, **sizes):
         "expansion": make_draft_model(TARGET, DRAFT, host=host, expansion=(2, 1, 2)),
         "prompt-lookup": lookup(),
         "suffix": SuffixDrafter.create(SuffixOptions(), host),
+        "forced": ForcedDrafter(),
         "oracle": OracleDrafter(truths, VOCAB_SIZE),
     }
     engine = controlled_engine(TARGET, drafters, **sizes)
@@ -61,6 +63,16 @@ def check_same_logprobs(cases, **sizes):
         assert told(request) == told(alone)
         assert [entry.token_id for entry in request.logprobs] == request.output_ids
     check_idle(engine)
+    return requests
+
+
+def test_forced_tokens_are_drafted_and_have_logprobs():
+    """After 1 the grammar leaves no choice for five tokens."""
+    values = {"max_new_tokens": 8, "seed": 0, "logprobs": 2, "regex": "with forced tokens"}
+    case = Case([1], params_of(values), ["forced"], 0)
+    [request] = check_same_logprobs([case], max_nodes=8, prefill_chunk=4, max_requests=1)
+    assert request.output_ids[:5] == [2, 3, 4, 5, 6]
+    assert request.stats.accepted_by["forced"] >= 5
 
 
 @pytest.mark.parametrize("name", [*HISTORY, *SHAPES])
@@ -70,13 +82,13 @@ def test_each_control_alone(name, prompt_ids, values, wanted, data, sizes):
     values = {**values, **wanted, name: data.draw({**HISTORY, **SHAPES}[name])}
     if name in HISTORY and data.draw(st.booleans()):
         values["temperature"] = 0
-    labels = data.draw(st.sampled_from([["oracle"], ["best", "suffix"], ["expansion"]]))
+    labels = data.draw(st.sampled_from([["oracle"], ["best", "suffix"], ["expansion"], ["forced"]]))
     check_same_logprobs([Case(prompt_ids, params_of(values), labels, 0)], **sizes)
 
 
 @st.composite
 def cases(draw):
-    labels = st.sampled_from(["best", "expansion", "prompt-lookup", "suffix", "oracle"])
+    labels = st.sampled_from(["best", "expansion", "prompt-lookup", "suffix", "forced", "oracle"])
     found = []
     for _ in range(draw(st.integers(1, 3))):
         params = params_of(draw(GREEDY_ONES | SAMPLED_ONES))

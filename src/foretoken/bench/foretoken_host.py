@@ -10,6 +10,7 @@ from foretoken import __version__
 from foretoken.bench.instrument import timed_phases
 from foretoken.bench.memory import memory, reset_peak_memory
 from foretoken.bench.peers.base import PeerOutput
+from foretoken.bench.script import scripted
 from foretoken.bench.systems import HostInfo, Task, Turn, units
 from foretoken.core.params import SamplingParams
 from foretoken.engine.llm import LLM, RequestOutput
@@ -24,23 +25,25 @@ class ForetokenSpec:
 
     Args:
         model: Directory, hub id or embedded name.
-        drafter: Spec of a drafter, or "none".
+        drafters: Specs; ("none",) for none.
         max_nodes: Most draft tokens per request and step.
         dtype: As the user gave it.
         device: As the user gave it.
         threads: CPU threads.
         max_batch: Most requests at once.
         max_tokens: Longest prompt and output together.
+        adaptive: Whether the engine chooses among the drafters, step by step, by measured times.
     """
 
     model: str
-    drafter: str
+    drafters: tuple[str, ...]
     max_nodes: int
     dtype: str
     device: str
     threads: int
     max_batch: int
     max_tokens: int
+    adaptive: bool = False
 
 
 class ForetokenHost:
@@ -57,8 +60,9 @@ class ForetokenHost:
         tokens = spec.max_batch * (spec.max_tokens + spec.max_nodes + KV_SLACK_TOKENS)
         self._llm = LLM(
             spec.model,
-            drafters=spec.drafter,
+            drafters=spec.drafters,
             max_nodes=spec.max_nodes,
+            adaptive=spec.adaptive,
             dtype=spec.dtype,
             device=spec.device,
             threads=spec.threads,
@@ -71,6 +75,7 @@ class ForetokenHost:
             dtype=str(info.dtype).removeprefix("torch."),
             context_limit=info.context_limit,
             num_parameters=info.num_parameters,
+            vocab_size=info.vocab_size,
             exactness=self._llm.engine.exactness.value,
         )
 
@@ -80,7 +85,9 @@ class ForetokenHost:
         reset_peak_memory()
         outputs: list[PeerOutput] = []
         unit_s = []
-        with timed_phases(self._llm) as phases:
+        scripts = {task.prompt_ids: task.script for task in tasks if task.script}
+        # Outside of what is timed by parts: a real target would not do this work.
+        with timed_phases(self._llm) as phases, scripted(self._llm.engine.parts, scripts):
             for unit in units(tasks, batch_size):
                 start_s = time.perf_counter()
                 done = self._llm.generate(

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 
 from foretoken.bench.machine import environment
+from foretoken.bench.peers.base import PeerOutput
 from foretoken.bench.phases import PHASES
 from foretoken.bench.runner import PLAIN, BenchResult, Cell, System
 from foretoken.bench.statistics import NUM_RESAMPLES, rates, ratio_interval, rounded, spread
@@ -156,7 +157,7 @@ def _system(
         entry["speed_up"] = _ratio(cell, system.name, PLAIN)
     if system.is_peer and system.speculative:
         entry["speed_up_over_own_plain"] = _ratio(cell, system.name, system.plain)
-    entry |= _counts(turns)
+    entry |= counts(turns[0].outputs)  # they hold for all rounds
     entry |= _phases(turns, sum(tokens))
     if weight_bytes and cell.bandwidth and cell.batch_size == 1 and not system.speculative:
         entry["bandwidth_share"] = _bandwidth_share(
@@ -206,21 +207,20 @@ def _decode_rate(turn: Turn, batch_size: int) -> float | None:
     return num_tokens / seconds if seconds > 0 and num_tokens else None
 
 
-def _counts(turns: Sequence[Turn]) -> dict[str, Any]:
-    """Return tokens per step and acceptance, where the system tells; they hold for all rounds."""
-    outputs = turns[0].outputs
+def counts(outputs: Sequence[PeerOutput]) -> dict[str, Any]:
+    """Return tokens per step and acceptance of outputs, where their system tells."""
     num_tokens = sum(len(output.token_ids) for output in outputs)
     num_steps = _total([output.num_steps for output in outputs])
     num_drafted = _total([output.num_draft_tokens for output in outputs])
     num_accepted = _total([output.num_accepted for output in outputs])
-    counts: dict[str, Any] = {}
+    entry: dict[str, Any] = {}
     if num_steps:
-        counts["tokens_per_step"] = rounded(num_tokens / num_steps)
+        entry["tokens_per_step"] = rounded(num_tokens / num_steps)
         if num_drafted is not None:
-            counts["draft_tokens_per_step"] = rounded(num_drafted / num_steps)
+            entry["draft_tokens_per_step"] = rounded(num_drafted / num_steps)
     if num_drafted and num_accepted is not None:
-        counts["acceptance_rate"] = rounded(num_accepted / num_drafted)
-    return counts
+        entry["acceptance_rate"] = rounded(num_accepted / num_drafted)
+    return entry
 
 
 def _total(counts: Sequence[int | None]) -> int | None:
@@ -375,4 +375,11 @@ def _weight_bytes(result: BenchResult) -> int | None:
     return (info.num_parameters - unread) * size
 
 
-__all__ = ["different_tokens", "make_record", "portable", "portable_command", "write_record"]
+__all__ = [
+    "counts",
+    "different_tokens",
+    "make_record",
+    "portable",
+    "portable_command",
+    "write_record",
+]

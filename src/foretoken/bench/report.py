@@ -54,7 +54,8 @@ def _cell(cell: Entry) -> RenderableType:
     return Group(*parts)
 
 
-def _table(first: str, *columns: str) -> Table:
+def new_table(first: str, *columns: str) -> Table:
+    """Return a table without rows: names on the left, numbers on the right of each column."""
     table = Table(box=None, pad_edge=False)
     table.add_column(first, no_wrap=True)
     for column in columns:
@@ -66,7 +67,7 @@ def _speed_table(cell: Entry) -> Table:
     systems = cell["systems"]
     columns: dict[str, Callable[[Entry], str]] = {
         "tokens/s": _rate,
-        "speed-up \\[95 %]": lambda system: _speed_up(system.get("speed_up")),
+        "speed-up \\[95 %]": lambda system: shown_speed_up(system.get("speed_up")),
         "own speed-up": lambda system: _times(system.get("speed_up_over_own_plain")),
         "tok/step": lambda system: _fixed(system.get("tokens_per_step")),
         "accepted": lambda system: _percent(system.get("acceptance_rate")),
@@ -74,14 +75,14 @@ def _speed_table(cell: Entry) -> Table:
     }
     if not any("speed_up_over_own_plain" in system for system in systems.values()):
         del columns["own speed-up"]
-    table = _table("median (range)", *columns)
+    table = new_table("median (range)", *columns)
     for name, system in systems.items():
         table.add_row(name, *(show(system) for show in columns.values()))
     return table
 
 
 def _phase_table(cell: Entry) -> Table:
-    table = _table("milliseconds per token", *PHASES, "sum")
+    table = new_table("milliseconds per token", *PHASES, "sum")
     for name, system in cell["systems"].items():
         phases = system.get("phases_ms_per_token")
         if phases:
@@ -92,7 +93,7 @@ def _phase_table(cell: Entry) -> Table:
 
 def _category_table(cell: Entry) -> Table:
     systems = {name: it for name, it in cell["systems"].items() if "speed_up" in it}
-    table = _table("speed-up (tokens/step)", *systems)
+    table = new_table("speed-up (tokens/step)", *systems)
     names = next(iter(cell["systems"].values()))["categories"]
     for category in names:
         cells = []
@@ -152,7 +153,8 @@ def _mebibytes(num_bytes: int | None) -> str:
     return MISSING if num_bytes is None else f"{num_bytes / 2**20:,.0f} MiB"
 
 
-def _speed_up(entry: Entry | None) -> str:
+def shown_speed_up(entry: Entry | None) -> str:
+    """Return a ratio's median and interval as markup."""
     if entry is None:
         return MISSING
     low, high = entry["interval_95"]
@@ -175,4 +177,4 @@ def _millions(count: int | None) -> str:
     return MISSING if count is None else f"{count / 1e6:,.2f}M"
 
 
-__all__ = ["print_report"]
+__all__ = ["MISSING", "new_table", "print_report", "shown_speed_up"]

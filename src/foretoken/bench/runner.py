@@ -14,7 +14,7 @@ from foretoken.bench.foretoken_host import ForetokenHost, ForetokenSpec
 from foretoken.bench.machine import BandwidthProbe
 from foretoken.bench.peers import PEERS
 from foretoken.bench.peers.base import PEER_DTYPES, PeerSpec
-from foretoken.bench.settings import BenchSettings
+from foretoken.bench.settings import BenchSettings, RoundSettings
 from foretoken.bench.systems import (
     Host,
     HostBuilder,
@@ -26,6 +26,7 @@ from foretoken.bench.systems import (
 from foretoken.bench.worker import WorkerHost
 from foretoken.bench.workloads import WorkloadPrompt
 from foretoken.core.options import ComponentSpec
+from foretoken.core.progress import OnProgress, Progress, silent
 from foretoken.errors import ConfigError, RequestError
 from foretoken.models.tokenizer import Tokenizer
 
@@ -96,25 +97,7 @@ class BenchResult:
     cells: list[Cell]
 
 
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """How far a run is.
-
-    Args:
-        done: Turns taken.
-        total: Turns in all.
-        doing: What comes now, for people.
-    """
-
-    done: int
-    total: int
-    doing: str
-
-
-Report = Callable[[Progress], None]
-
-
-def run_bench(settings: BenchSettings, report: Report = lambda _: None) -> BenchResult:
+def run_bench(settings: BenchSettings, report: OnProgress = silent) -> BenchResult:
     """Load every system and measure it.
 
     Args:
@@ -131,14 +114,15 @@ def run_bench(settings: BenchSettings, report: Report = lambda _: None) -> Bench
     prompt_ids = [_encode(tokenizer, item) for item in settings.workload.prompts]
     torch.set_num_threads(settings.threads)
     with ExitStack() as stack:
-        load = partial(_load, stack, settings, report)
+        load = partial(load_host, stack, settings, report)
         longest = max(map(len, prompt_ids)) + settings.max_new_tokens
         systems: list[System] = []
-        for label, spec in _foretoken_specs(settings, longest):
+        for name, spec in foretoken_specs(settings, longest):
+            label = f"foretoken {name}"
             host = load(label, partial(ForetokenHost, spec))
             if not systems:
                 systems.append(System(PLAIN, PLAIN, host, is_peer=False))
-            if spec.drafter != "none":
+            if spec.drafters != ("none",):
                 systems.append(System(label, PLAIN, host, is_peer=False))
         info = systems[0].host.info
         tasks, kept = _tasks(settings, prompt_ids, info)
@@ -154,15 +138,20 @@ def run_bench(settings: BenchSettings, report: Report = lambda _: None) -> Bench
     return BenchResult(settings, prompts, num_skipped, systems, cells)
 
 
-def _foretoken_specs(
-    settings: BenchSettings, max_tokens: int
+def foretoken_specs(
+    settings: RoundSettings, max_tokens: int
 ) -> Iterator[tuple[str, ForetokenSpec]]:
-    """Yield a name and a spec per setting; one without drafter if there is none."""
+    """Yield a name and a spec per setting; one without drafter if there is none.
+
+    Args:
+        settings: Of the run.
+        max_tokens: Longest prompt and output together.
+    """
     drafters = settings.drafters or ("none",)
     names = [ComponentSpec.parse(drafter).name for drafter in drafters]
     for number, (name, drafter) in enumerate(zip(names, drafters, strict=True)):
         for max_nodes in settings.max_nodes if name != "none" else settings.max_nodes[:1]:
-            label = f"foretoken {name}"
+            label = name
             if earlier := names[:number].count(name):
                 label += f"#{earlier + 1}"
             if len(settings.max_nodes) > 1:
@@ -171,7 +160,7 @@ def _foretoken_specs(
                 label,
                 ForetokenSpec(
                     model=settings.model,
-                    drafter=drafter,
+                    drafters=(drafter,),
                     max_nodes=max_nodes,
                     dtype=settings.dtype,
                     device=settings.device,
@@ -182,10 +171,19 @@ def _foretoken_specs(
             )
 
 
-def _load(
-    stack: ExitStack, settings: BenchSettings, report: Report, label: str, build: HostBuilder
+def load_host(
+    stack: ExitStack, settings: RoundSettings, report: OnProgress, label: str, build: HostBuilder
 ) -> Host:
-    report(Progress(0, 1, f"loading {label}"))
+    """Load a system, in a process of its own unless the settings say otherwise.
+
+    Args:
+        stack: Closes it.
+        settings: Of the run.
+        report: Is told what is being loaded.
+        label: Of the system, for messages.
+        build: Makes it.
+    """
+    report(Progress(done=0, total=1, detail=f"loading {label}"))
     host = build() if settings.in_process else WorkerHost(label, build)
     stack.callback(host.close)
     return host
@@ -257,7 +255,7 @@ def _tasks(
 
 
 def _run_cells(
-    settings: BenchSettings, tasks: Sequence[Task], systems: Sequence[System], report: Report
+    settings: BenchSettings, tasks: Sequence[Task], systems: Sequence[System], report: OnProgress
 ) -> list[Cell]:
     cells = [
         _new_cell(temperature, batch_size, systems)
@@ -269,21 +267,22 @@ def _run_cells(
         for cell in cells:
             work = [replace(task, temperature=cell.temperature) for task in tasks]
             where = f"temperature {cell.temperature:g}, batch {cell.batch_size}"
-            report(Progress(done, _num_turns(cells, settings), f"{where}: warm-up"))
+            planned = _num_turns(cells, settings)
+            report(Progress(done=done, total=planned, detail=f"{where}: warm-up"))
             _warm_up(cell, work)
             total = _num_turns(cells, settings)
             for number in range(settings.rounds):
                 cell.bandwidth.extend(measure())
                 turns = {}
-                for system in _rotated(cell.systems, number):
+                for system in rotated(cell.systems, number):
                     doing = f"{where}, round {number + 1} of {settings.rounds}: {system.name}"
-                    report(Progress(done, total, doing))
+                    report(Progress(done=done, total=total, detail=doing))
                     turns[system.name] = system.host.run(
                         work, batch_size=cell.batch_size, speculative=system.speculative
                     )
                     done += 1
                 cell.rounds.append(turns)
-    report(Progress(done, done, "done"))
+    report(Progress(done=done, total=done, detail="done"))
     return cells
 
 
@@ -298,8 +297,8 @@ def _num_turns(cells: Sequence[Cell], settings: BenchSettings) -> int:
     return sum(len(cell.systems) for cell in cells) * settings.rounds
 
 
-def _rotated(systems: Sequence[System], number: int) -> list[System]:
-    """Return the order of a round: each system is as often early as late."""
+def rotated(systems: Sequence[System], number: int) -> list[System]:
+    """Return the order of round `number`: each system is as often early as late."""
     start = number % len(systems)
     return [*systems[start:], *systems[:start]]
 
@@ -344,7 +343,9 @@ __all__ = [
     "PLAIN",
     "BenchResult",
     "Cell",
-    "Progress",
     "System",
+    "foretoken_specs",
+    "load_host",
+    "rotated",
     "run_bench",
 ]

@@ -26,12 +26,15 @@ class Task:
         max_new_tokens: How many tokens are made; the end of a sequence is ignored.
         temperature: 0 is greedy.
         seed: Of its noise.
+        script: What the target is made to say, at least `max_new_tokens` of it; empty for what it
+            says by itself. Only Foretoken's own hosts can do this.
     """
 
     prompt_ids: tuple[int, ...]
     max_new_tokens: int
     temperature: float
     seed: int
+    script: tuple[int, ...] = ()
 
 
 @dataclass(slots=True, kw_only=True)
@@ -60,6 +63,7 @@ class HostInfo:
         dtype: Of the weights.
         context_limit: Tokens of prompt and output together; None if it does not say.
         num_parameters: Of the target; None if it does not say.
+        vocab_size: Token ids that it knows; None if it does not say.
         exactness: How closely speculation follows plain decoding; empty if it does not say.
         max_batch: Most tasks that it runs at once; None for any number.
     """
@@ -68,6 +72,7 @@ class HostInfo:
     dtype: str
     context_limit: int | None = None
     num_parameters: int | None = None
+    vocab_size: int | None = None
     exactness: str = ""
     max_batch: int | None = None
 

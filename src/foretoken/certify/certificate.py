@@ -16,7 +16,8 @@ from foretoken.certify.identity import (
     describe_way,
 )
 from foretoken.certify.observe import rule_of, target_of
-from foretoken.certify.settings import FALSE_ALARM, CertifySettings, Progress
+from foretoken.certify.settings import FALSE_ALARM, CertifySettings
+from foretoken.core.progress import OnProgress, Progress, silent
 from foretoken.core.verdict import Exactness
 from foretoken.engine.engine import Engine
 
@@ -57,7 +58,7 @@ class Certification:
         ]
         self._is_complete = False
 
-    def run(self, report: Callable[[Progress], object] | None = None) -> None:
+    def run(self, report: OnProgress = silent) -> None:
         """Do all the work; if it is interrupted, `record` tells what was finished.
 
         Args:
@@ -72,8 +73,7 @@ class Certification:
         def count(doing: str) -> None:
             nonlocal done
             done += 1
-            if report is not None:
-                report(Progress(done, total, doing))
+            report(Progress(done=done, total=total, detail=doing))
 
         self._identity.run(count)
         for check in self._distributions:

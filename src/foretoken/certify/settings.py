@@ -58,23 +58,8 @@ class CertifySettings:
         return list(dict.fromkeys(t for prompt in self.prompts for t in prompt.temperatures))
 
 
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """How far a certificate is.
-
-    Args:
-        done: Texts that are finished.
-        total: Texts in all.
-        doing: What goes on, in a few words.
-    """
-
-    done: int
-    total: int
-    doing: str
-
-
 Report = Callable[[str], None]
 """Told after each finished text what it was for."""
 
 
-__all__ = ["FALSE_ALARM", "CertifyPrompt", "CertifySettings", "Progress", "Report"]
+__all__ = ["FALSE_ALARM", "CertifyPrompt", "CertifySettings", "Report"]

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from foretoken.cli import options
-from foretoken.cli.bench_output import progress_bar, written
+from foretoken.cli.bench_output import written
+from foretoken.cli.progress import progress_bar
 from foretoken.cli.terminal import is_terminal, loading, note
 from foretoken.errors import ConfigError, ForetokenError
 
@@ -298,7 +299,9 @@ def _specs(drafters: Sequence[str], model: str, *, is_inflated: bool) -> list[Co
 
     specs = []
     for name in drafters:
-        for spec in resolve_drafters((name,), model):
+        found = resolve_drafters((name,), model)
+        # Settings are fixed here; the first drafter is what auto is without a planner.
+        for spec in found[:1] if name == "auto" else found:
             # Options of an embedded pair suit its own costs, not those of a widened target.
             if name == "auto" and is_inflated and "path" in spec.options:
                 spec = ComponentSpec(spec.name, {"path": spec.options["path"]})  # noqa: PLW2901

@@ -1,52 +1,19 @@
-"""What the bench commands share: a progress bar, and files that appear whole or not at all."""
+"""What the bench commands write: files that appear whole or not at all."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from foretoken.cli.errors import FileError
-from foretoken.cli.terminal import is_terminal, note
+from foretoken.cli.terminal import note
 from foretoken.errors import ConfigError
-
-if TYPE_CHECKING:
-    from foretoken.bench.runner import Progress
 
 Writer = Callable[[Mapping[str, Any]], None]
 Drawer = Callable[[Mapping[str, Any], Path], list[Path]]
-
-
-@contextmanager
-def progress_bar() -> Iterator[Callable[[Progress], None]]:
-    """Show on a terminal how far the run is; elsewhere nothing."""
-    if not is_terminal(sys.stderr):
-        yield lambda _: None
-        return
-    from rich import progress as bars
-    from rich.console import Console
-
-    columns = (
-        bars.BarColumn(bar_width=24),
-        bars.MofNCompleteColumn(),
-        bars.TimeElapsedColumn(),
-        bars.TextColumn("{task.description}", markup=False),
-    )
-    with bars.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=None)
-
-        def report(progress: Progress) -> None:
-            bar.update(
-                task,
-                completed=progress.done,
-                total=progress.total or None,
-                description=progress.doing,
-            )
-
-        yield report
 
 
 @contextmanager
@@ -104,4 +71,4 @@ def _unwritable(folder: Path, error: OSError) -> FileError:
     )
 
 
-__all__ = ["Drawer", "Writer", "progress_bar", "written"]
+__all__ = ["Drawer", "Writer", "written"]

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from foretoken.cli import bench, options
-from foretoken.cli.bench_output import progress_bar, written
+from foretoken.cli.bench_output import written
+from foretoken.cli.progress import progress_bar
 from foretoken.cli.terminal import is_terminal, loading
 from foretoken.errors import ConfigError
 

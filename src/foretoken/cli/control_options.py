@@ -208,7 +208,7 @@ def read_schema(text: str | None) -> str | None:
     """
     if text is None or text.lstrip().startswith("{") or text.strip() in ("true", "false"):
         return text
-    return _read("schema", Path(text))
+    return read_text("schema", Path(text))
 
 
 def read_grammar(path: Path | None) -> str | None:
@@ -217,10 +217,19 @@ def read_grammar(path: Path | None) -> str | None:
     Raises:
         FileError: The file cannot be read.
     """
-    return _read("grammar", path) if path is not None else None
+    return read_text("grammar", path) if path is not None else None
 
 
-def _read(what: str, path: Path) -> str:
+def read_text(what: str, path: Path) -> str:
+    """Return the text of a file.
+
+    Args:
+        what: What it holds, for messages.
+        path: The file, in UTF-8.
+
+    Raises:
+        FileError: It cannot be read.
+    """
     try:
         return path.read_text(encoding="utf-8-sig")
     except OSError as error:

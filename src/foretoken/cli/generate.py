@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +18,11 @@ from foretoken.cli.output import FileSink, StdoutSink
 from foretoken.cli.prompts import read_jobs
 from foretoken.cli.summary import Run
 from foretoken.cli.terminal import explain_compilation, loading, note
+from foretoken.errors import ConfigError
 
 if TYPE_CHECKING:
     from foretoken.engine.llm import LLM
+    from foretoken.planner.plan import Plan
 
 EXIT_INTERRUPTED = 130
 
@@ -35,6 +38,8 @@ foretoken generate --model ./big --drafter draft-model:path=./small "Hello"
 foretoken generate "A fact as JSON:" --json-schema '{"type": "object"}'
 
 foretoken generate --input prompts.jsonl --format json --output out.jsonl
+
+foretoken generate "Say it again:" --drafter reference --reference draft.txt
 """
 
 
@@ -44,6 +49,7 @@ def generate(
     drafter: options.Drafters = None,
     verifier: options.Verifier = None,
     max_nodes: options.MaxNodes = None,
+    adaptive: options.Adaptive = None,
     plan: options.PlanFile = None,
     max_new_tokens: options.MaxNewTokens = options.DEFAULTS.max_new_tokens,
     min_new_tokens: controls.MinNewTokens = options.DEFAULTS.min_new_tokens,
@@ -72,6 +78,7 @@ def generate(
     regex: controls.Regex = None,
     grammar: controls.Grammar = None,
     input_file: options.InputFile = None,
+    reference: options.ReferenceFile = None,
     output: options.OutputFile = None,
     force: options.Force = False,
     format_name: options.Format = options.OutputFormat.TEXT,
@@ -122,22 +129,28 @@ def generate(
         "prompt_logprobs": prompt_logprobs,
         "logprobs_mode": logprobs_mode,
     }
-    jobs = read_jobs(prompts or [], input_file, sampling)
+    chosen = {
+        "drafters": tuple(drafter or ()),
+        "verifier": verifier,
+        "max_nodes": max_nodes,
+        "adaptive": adaptive,
+    }
+    copied = "" if reference is None else _read_reference(reference, plan_of(plan, chosen))
+    jobs = read_jobs(prompts or [], input_file, sampling, copied)
     work.check_format(jobs, format_name)
     if compare:  # both ways of decoding must draw the same numbers
         jobs = work.with_seeds(jobs)
     sink = StdoutSink() if output is None else FileSink(output, force=force)
-    chosen = {"drafters": tuple(drafter or ()), "verifier": verifier, "max_nodes": max_nodes}
     machine = {"dtype": dtype, "device": device, "threads": threads}
     run = Run()
     try:
-        llm = load_llm(model, plan, chosen, machine, is_quiet=not debug)
-        work.check_prompts(llm, jobs)
-        if compare:
-            work.warm_up(llm, jobs)
-        work.run_jobs(llm, jobs, run, sink, format_name)
-        if compare:
-            work.compare_with_plain(llm, jobs, run)
+        with closing(load_llm(model, plan, chosen, machine, is_quiet=not debug)) as llm:
+            work.check_prompts(llm, jobs)
+            if compare:
+                work.warm_up(llm, jobs)
+            work.run_jobs(llm, jobs, run, sink, format_name)
+            if compare:
+                work.compare_with_plain(llm, jobs, run)
     except KeyboardInterrupt:
         note(f"interrupted: {len(run.outputs)} of {len(jobs)} prompts finished")
         raise typer.Exit(EXIT_INTERRUPTED) from None
@@ -159,21 +172,36 @@ def load_llm(
     with loading(model):
         from foretoken.engine.llm import LLM
         from foretoken.models.quiet import silence_libraries
-        from foretoken.planner.plan import Plan
 
         explain_compilation()
         if is_quiet:
             silence_libraries()
-        plan = Plan.load(plan_file) if plan_file is not None else Plan()
-        given = {name: value for name, value in chosen.items() if value not in (None, ())}
-        plan = dataclasses.replace(plan, **given)
+        plan = plan_of(plan_file, chosen)
         return LLM(
             model,
             drafters=plan.drafters,
             verifier=plan.verifier,
             max_nodes=plan.max_nodes,
+            adaptive=plan.adaptive,
             **machine,
         )
+
+
+def plan_of(plan_file: Path | None, chosen: Mapping[str, Any]) -> Plan:
+    """Return the plan; what is chosen on the command line wins over the file."""
+    from foretoken.planner.plan import Plan
+
+    given = {name: value for name, value in chosen.items() if value not in (None, ())}
+    return dataclasses.replace(Plan.load(plan_file) if plan_file is not None else Plan(), **given)
+
+
+def _read_reference(path: Path, plan: Plan) -> str:
+    """Return the text of --reference, which there must be a drafter to copy from."""
+    if plan.drafters == ("none",):
+        raise ConfigError(
+            "--reference is for drafters, and there are none", hint="leave out --drafter none"
+        )
+    return controls.read_text("reference", path)
 
 
 def _parse_bias(text: str | None) -> Any:

@@ -10,11 +10,17 @@ from typing import Annotated, Any
 import typer
 
 from foretoken import __version__
-from foretoken.cli.bench_specinfer import bench_app
+from foretoken.cli.bench_sweep import bench_app
 from foretoken.cli.datastore import app as datastore_app
+from foretoken.cli.doctor import EXAMPLES as DOCTOR_EXAMPLES
+from foretoken.cli.doctor import doctor
 from foretoken.cli.errors import EXIT_FAILURE, Session, report
 from foretoken.cli.generate import EXAMPLES, EXIT_INTERRUPTED, generate
+from foretoken.cli.methods import EXAMPLES as METHODS_EXAMPLES
+from foretoken.cli.methods import methods
 from foretoken.cli.train import app as train_app
+from foretoken.cli.tune import EXAMPLES as TUNE_EXAMPLES
+from foretoken.cli.tune import tune
 from foretoken.cli.verify import EXAMPLES as VERIFY_EXAMPLES
 from foretoken.cli.verify import verify
 
@@ -29,6 +35,9 @@ app.add_typer(bench_app, name="bench")
 app.command(epilog=VERIFY_EXAMPLES, no_args_is_help=False)(verify)
 app.add_typer(train_app, name="train")
 app.add_typer(datastore_app, name="datastore")
+app.command(epilog=METHODS_EXAMPLES, no_args_is_help=False)(methods)
+app.command(epilog=DOCTOR_EXAMPLES, no_args_is_help=False)(doctor)
+app.command(epilog=TUNE_EXAMPLES, no_args_is_help=False)(tune)
 
 
 def _print_version(wanted: bool) -> None:

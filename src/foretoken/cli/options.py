@@ -109,14 +109,28 @@ Verifier = Annotated[
 ]
 MaxNodes = Annotated[
     int | None,
-    _model("--max-nodes", "N", "Most draft tokens per step; 0: none (default 8).", parser=_integer),
+    _model(
+        "--max-nodes",
+        "N",
+        "Most draft tokens per step; 0: none (default 8, adaptive 32).",
+        parser=_integer,
+    ),
+]
+Adaptive = Annotated[
+    bool | None,
+    _model(
+        "--adaptive/--fixed",
+        "",
+        "Choose drafters and sizes anew as costs and acceptance change, down to plain "
+        "decoding; or not (default: only for the drafters auto).",
+    ),
 ]
 PlanFile = Annotated[
     Path | None,
     _model(
         "--plan",
         "FILE",
-        "JSON with drafters, verifier and max_nodes; options given here win over it.",
+        "JSON with drafters, verifier, max_nodes and adaptive; options given here win over it.",
     ),
 ]
 
@@ -220,6 +234,10 @@ InputFile = Annotated[
         "FILE",
         ".txt with a prompt a line, .jsonl with an object a line, or - for standard input.",
     ),
+]
+ReferenceFile = Annotated[
+    Path | None,
+    _files("--reference", "FILE", "Text that outputs may copy from, such as one to be edited."),
 ]
 OutputFile = Annotated[
     Path | None,

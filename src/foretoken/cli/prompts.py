@@ -6,7 +6,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,9 @@ from foretoken.core.params import SamplingParams
 from foretoken.errors import ConfigError, RequestError, UnknownNameError
 
 STDIN = "-"
+NUM_OPENINGS = 8
 _PARAM_NAMES = tuple(item.name for item in dataclasses.fields(SamplingParams))
+_LINE_KEYS = ("prompt", "prompt_ids", "reference", *_PARAM_NAMES)
 _LINE_HINT = 'write a line such as {"prompt": "Once upon a time", "seed": 7}'
 
 
@@ -27,15 +29,20 @@ class Job:
         prompt: Text or token ids.
         params: How.
         place: Where it comes from, for messages; empty if there is only this one.
+        reference: Text that the output may copy from; empty for none.
     """
 
     prompt: str | list[int]
     params: SamplingParams
     place: str
+    reference: str = ""
 
 
 def read_jobs(
-    prompts: Sequence[str], input_file: str | None, sampling: Mapping[str, Any]
+    prompts: Sequence[str],
+    input_file: str | None,
+    sampling: Mapping[str, Any],
+    reference: str = "",
 ) -> list[Job]:
     """Return the prompts of the command line, then those of the input file.
 
@@ -43,19 +50,22 @@ def read_jobs(
         prompts: Given as arguments.
         input_file: A .txt or .jsonl file, or "-" for standard input.
         sampling: Sampling parameters of every prompt; lines of a .jsonl file may override them.
+        reference: Text that outputs may copy from; lines of a .jsonl file may have their own.
 
     Raises:
         ConfigError: There is no prompt, or a parameter or line is wrong.
         RequestError: A prompt is empty or no text.
         FileError: The input file cannot be read.
     """
-    params = SamplingParams.from_mapping(sampling)
+    default = Job(
+        prompt="", params=SamplingParams.from_mapping(sampling), place="", reference=reference
+    )
     jobs = [
-        Job(prompt=text, params=params, place=f"prompt {number}" if len(prompts) > 1 else "")
+        replace(default, prompt=text, place=f"prompt {number}" if len(prompts) > 1 else "")
         for number, text in enumerate(prompts, start=1)
     ]
     if input_file is not None:
-        jobs += _file_jobs(input_file, params, sampling)
+        jobs += _file_jobs(input_file, default, sampling)
     for job in jobs:
         _check_text(job)
     if jobs:
@@ -73,23 +83,47 @@ def read_jobs(
 
 def _check_text(job: Job) -> None:
     """Refuse what a tokenizer cannot take."""
-    if not isinstance(job.prompt, str):
-        return
-    if not job.prompt:
+    if job.prompt == "":
         error = RequestError("the prompt is empty", hint="give at least one character of text")
         raise at(job.place, error)
-    try:
-        job.prompt.encode()
-    except UnicodeEncodeError:
-        error = RequestError(
-            "the prompt is not valid Unicode text", hint="write the prompt in UTF-8"
-        )
-        raise at(job.place, error) from None
+    for name, text in (("prompt", job.prompt), ("reference", job.reference)):
+        try:
+            if isinstance(text, str):
+                text.encode()
+        except UnicodeEncodeError:
+            error = RequestError(
+                f"the {name} is not valid Unicode text", hint=f"write the {name} in UTF-8"
+            )
+            raise at(job.place, error) from None
 
 
-def _file_jobs(
-    input_file: str, params: SamplingParams, sampling: Mapping[str, Any]
-) -> Iterator[Job]:
+def jobs_or_openings(
+    prompts: Sequence[str],
+    input_file: str | None,
+    sampling: Mapping[str, Any],
+    num_prompts: int | None,
+) -> list[Job]:
+    """Return the prompts of the command line and of the input file, or openings of stories.
+
+    Args:
+        prompts: As for `read_jobs`.
+        input_file: As for `read_jobs`.
+        sampling: As for `read_jobs`.
+        num_prompts: The first so many; None for all, or for a few openings.
+
+    Raises:
+        ConfigError: As for `read_jobs`.
+    """
+    if prompts or input_file is not None:
+        return read_jobs(prompts, input_file, sampling)[:num_prompts]
+    from foretoken.bench.workloads import STORIES, load_workload
+
+    openings = load_workload(STORIES).take(num_prompts or NUM_OPENINGS).prompts
+    jobs = read_jobs([str(item.prompt) for item in openings], None, sampling)
+    return [replace(job, place=item.place) for job, item in zip(jobs, openings, strict=True)]
+
+
+def _file_jobs(input_file: str, default: Job, sampling: Mapping[str, Any]) -> Iterator[Job]:
     name = _name(input_file)
     lines = _read_text(input_file, name).split("\n")  # JSON may hold other line separators
     numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
@@ -97,9 +131,9 @@ def _file_jobs(
     for number, line in numbered:
         place = f"{name}, line {number}"
         if is_json:
-            yield _json_job(line, sampling, place)
+            yield _json_job(line, replace(default, place=place), sampling)
         else:
-            yield Job(prompt=line.removesuffix("\r"), params=params, place=place)
+            yield replace(default, prompt=line.removesuffix("\r"), place=place)
 
 
 def _name(input_file: str) -> str:
@@ -139,7 +173,8 @@ def _read_text(input_file: str, name: str) -> str:
         ) from error
 
 
-def _json_job(line: str, sampling: Mapping[str, Any], place: str) -> Job:
+def _json_job(line: str, default: Job, sampling: Mapping[str, Any]) -> Job:
+    place = default.place
     try:
         values = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -150,17 +185,20 @@ def _json_job(line: str, sampling: Mapping[str, Any], place: str) -> Job:
         )
     try:
         prompt = _json_prompt(values)
+        reference = values.pop("reference", default.reference)
+        if not isinstance(reference, str):
+            raise ConfigError(f"reference is a text; got {reference!r}", hint=_LINE_HINT)
         params = SamplingParams.from_mapping({**sampling, **values})
     except (ConfigError, RequestError) as error:
         raise at(place, error) from error
-    return Job(prompt=prompt, params=params, place=place)
+    return replace(default, prompt=prompt, params=params, reference=reference)
 
 
 def _json_prompt(values: dict[str, Any]) -> str | list[int]:
-    """Take the prompt out of a line's object; what stays are sampling parameters."""
+    """Take the prompt out of a line's object; what stays is known."""
     for key in values:
-        if key not in ("prompt", "prompt_ids", *_PARAM_NAMES):
-            raise UnknownNameError("key", key, ("prompt", "prompt_ids", *_PARAM_NAMES))
+        if key not in _LINE_KEYS:
+            raise UnknownNameError("key", key, _LINE_KEYS)
     if ("prompt" in values) == ("prompt_ids" in values):
         raise ConfigError("either prompt or prompt_ids is needed, not both", hint=_LINE_HINT)
     if "prompt" in values:
@@ -176,4 +214,4 @@ def _json_prompt(values: dict[str, Any]) -> str | list[int]:
     )
 
 
-__all__ = ["STDIN", "Job", "read_jobs"]
+__all__ = ["STDIN", "Job", "jobs_or_openings", "read_jobs"]

@@ -5,8 +5,7 @@ from __future__ import annotations
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,15 +15,16 @@ import typer
 from foretoken.cli import options
 from foretoken.cli.errors import at
 from foretoken.cli.generate import EXIT_INTERRUPTED
+from foretoken.cli.progress import progress_bar, resumed
 from foretoken.cli.prompts import read_jobs
-from foretoken.cli.terminal import is_terminal, loading, note
+from foretoken.cli.terminal import loading, note
 from foretoken.cli.train_report import show_report
 from foretoken.core.params import SamplingParams
+from foretoken.core.progress import Progress
 from foretoken.errors import ConfigError
 
 if TYPE_CHECKING:
     from foretoken.training.boost_run import BoostSettings
-    from foretoken.training.progress import OnProgress, Progress
 
 DATA_PANEL = "What the target says"
 TRAINING_PANEL = "Training"
@@ -260,7 +260,7 @@ def _run(
 ) -> dict[str, Any]:
     from foretoken.training.boost_run import run_boost
 
-    with _progress() as on_progress:
+    with progress_bar(_Lines(), shows_remaining=True) as on_progress:
         return run_boost(
             settings,
             prompts,
@@ -271,37 +271,6 @@ def _run(
         )
 
 
-@contextmanager
-def _progress() -> Iterator[OnProgress]:
-    """Show a bar on a terminal, elsewhere a line now and then."""
-    if not is_terminal(sys.stderr):
-        yield _Lines()
-        return
-    from rich import progress as bars
-    from rich.console import Console
-
-    columns = (
-        bars.BarColumn(bar_width=24),
-        bars.MofNCompleteColumn(),
-        bars.TimeRemainingColumn(),
-        bars.TextColumn("{task.description}", markup=False),
-    )
-    with bars.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task, stage = bar.add_task("", total=None), ""
-
-        def report(progress: Progress) -> None:
-            nonlocal stage
-            if progress.stage != stage:
-                stage = progress.stage
-                bar.reset(task, total=progress.total)
-            if progress.is_resumed:
-                bar.console.print(_resumed(progress), highlight=False, markup=False)
-            words = f"{progress.stage}  {progress.detail}"
-            bar.update(task, completed=progress.done, total=progress.total, description=words)
-
-        yield report
-
-
 class _Lines:
     """Prints a line for what was found, for every finished stage, and now and then."""
 
@@ -310,7 +279,7 @@ class _Lines:
 
     def __call__(self, progress: Progress) -> None:
         if progress.is_resumed:
-            note(_resumed(progress))
+            note(resumed(progress))
             return
         now_s = time.monotonic()
         is_due = now_s - self._last_s >= LINE_INTERVAL_S
@@ -318,12 +287,6 @@ class _Lines:
             self._last_s = now_s
             detail = f", {progress.detail}" if progress.detail else ""
             note(f"{progress.stage}: {progress.done} of {progress.total}{detail}")
-
-
-def _resumed(progress: Progress) -> str:
-    if progress.done == 0:
-        return f"resuming: {progress.stage} goes on from its checkpoint"
-    return f"resuming: {progress.stage}, {progress.done} of {progress.total} are there"
 
 
 __all__ = ["app", "boost"]

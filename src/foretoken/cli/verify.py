@@ -6,8 +6,7 @@ import io
 import json
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,19 +16,19 @@ import typer
 from foretoken.cli import control_options as controls
 from foretoken.cli import options, work
 from foretoken.cli.errors import EXIT_FAILURE
-from foretoken.cli.generate import EXIT_INTERRUPTED, load_llm
+from foretoken.cli.generate import EXIT_INTERRUPTED, load_llm, plan_of
 from foretoken.cli.output import FileSink, StdoutSink
-from foretoken.cli.prompts import Job, read_jobs
+from foretoken.cli.progress import progress_bar
+from foretoken.cli.prompts import Job, jobs_or_openings
 from foretoken.cli.terminal import is_terminal, note
 from foretoken.errors import ConfigError
 
 if TYPE_CHECKING:
-    from foretoken.certify.settings import CertifySettings, Progress
+    from foretoken.certify.settings import CertifySettings
     from foretoken.engine.llm import LLM
     from foretoken.planner.plan import Plan
 
 WORK_PANEL = "Work"
-NUM_OPENINGS = 8
 TEMPERATURES = (0.0, 0.8)  # 0.8, because at 1 a forgotten temperature would not show
 PIPE_WIDTH = 120  # of tables where no terminal has a width
 
@@ -185,16 +184,21 @@ def verify(
         "seed": seed,
     }
     _check_counts({**counts, "num_prompts": num_prompts})
-    jobs = _jobs(prompts or [], input_file, sampling, num_prompts)
+    jobs = jobs_or_openings(prompts or [], input_file, sampling, num_prompts)
     sink = StdoutSink() if output is None else FileSink(output, force=force)
-    chosen = {"drafters": tuple(drafter or ()), "verifier": verifier, "max_nodes": max_nodes}
+    chosen = {
+        "drafters": tuple(drafter or ()),
+        "verifier": verifier,
+        "max_nodes": max_nodes,
+        "adaptive": False,  # what is certified must not follow the clock
+    }
     machine = {"dtype": dtype, "device": device, "threads": threads}
     llm = load_llm(model, plan, chosen, machine, is_quiet=not debug)
     work.check_prompts(llm, jobs)
     settings = _settings(llm, jobs, temperatures, counts)
     record = _certify(llm, replace(settings, allow_lossy=allow_lossy))
     record["subject"] = {
-        **_subject(llm, model, _plan(plan, chosen), machine),
+        **_subject(llm, model, plan_of(plan, chosen), machine),
         "max_new_tokens": max_new_tokens,
     }
     _write(record, sink, format_name)
@@ -215,22 +219,6 @@ def _check_counts(values: Mapping[str, Any]) -> None:
                 raise ConfigError(
                     f"{option} is an integer >= {low}; got {number}", hint=f"change --{option}"
                 )
-
-
-def _jobs(
-    prompts: Sequence[str],
-    input_file: str | None,
-    sampling: Mapping[str, Any],
-    num_prompts: int | None,
-) -> list[Job]:
-    """Return the prompts of the command line and of the input file, or openings of stories."""
-    if prompts or input_file is not None:
-        return read_jobs(prompts, input_file, sampling)[:num_prompts]
-    from foretoken.bench.workloads import STORIES, load_workload
-
-    openings = load_workload(STORIES).take(num_prompts or NUM_OPENINGS).prompts
-    jobs = read_jobs([str(item.prompt) for item in openings], None, sampling)
-    return [replace(job, place=item.place) for job, item in zip(jobs, openings, strict=True)]
 
 
 def _settings(
@@ -266,19 +254,11 @@ def _certify(llm: LLM, settings: CertifySettings) -> dict[str, Any]:
         token_text=lambda token_id: tokenizer.decode([token_id]) if tokenizer else "",
     )
     try:
-        with _progress() as report:
+        with progress_bar() as report:
             certification.run(report)
     except KeyboardInterrupt:
         note("interrupted")
     return certification.record()
-
-
-def _plan(plan_file: Path | None, chosen: Mapping[str, Any]) -> Plan:
-    """Return the plan that the model was loaded with."""
-    from foretoken.planner.plan import Plan
-
-    given = {name: value for name, value in chosen.items() if value not in (None, ())}
-    return replace(Plan.load(plan_file) if plan_file is not None else Plan(), **given)
 
 
 def _subject(llm: LLM, model: str, plan: Plan, machine: Mapping[str, Any]) -> dict[str, Any]:
@@ -297,7 +277,7 @@ def _subject(llm: LLM, model: str, plan: Plan, machine: Mapping[str, Any]) -> di
         "num_parameters": llm.info.num_parameters,
         "drafters": [portable(spec) for spec in plan.drafters],
         "verifier": plan.verifier,
-        "max_nodes": plan.max_nodes,
+        "max_nodes": plan.node_limit,
         "dtype": str(llm.info.dtype).removeprefix("torch."),
         "device": llm.info.device.type,
         "environment": environment(machine["threads"] or torch.get_num_threads()),
@@ -318,35 +298,6 @@ def _write(record: Mapping[str, Any], sink: FileSink | StdoutSink, format_name: 
         print_report(record, Console(file=text, width=PIPE_WIDTH))
         sink.write(text.getvalue())
     sink.close()
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[Progress], None]]:
-    """Show on a terminal how far the work is; elsewhere nothing."""
-    if not is_terminal(sys.stderr):
-        yield lambda _: None
-        return
-    from rich import progress as bars
-    from rich.console import Console
-
-    columns = (
-        bars.BarColumn(bar_width=24),
-        bars.TaskProgressColumn(),
-        bars.TimeElapsedColumn(),
-        bars.TextColumn("{task.description}", markup=False),
-    )
-    with bars.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=None)
-
-        def report(progress: Progress) -> None:
-            bar.update(
-                task,
-                completed=progress.done,
-                total=progress.total,
-                description=progress.doing,
-            )
-
-        yield report
 
 
 __all__ = ["EXAMPLES", "verify"]

@@ -75,7 +75,7 @@ def run_jobs(llm: LLM, jobs: Sequence[Job], run: Run, sink: Sink, format_name: s
     """
     if len(jobs) == 1 and format_name == "text" and isinstance(sink, StdoutSink):
         [job] = jobs
-        chunks = run.timed(llm.stream(job.prompt, job.params))
+        chunks = run.timed(llm.stream(job.prompt, job.params, reference=job.reference))
         run.outputs.append(show_stream(llm, job.prompt, chunks, sink))
     else:
         _write_as_finished(llm, jobs, run, sink, format_name)
@@ -97,7 +97,7 @@ def compare_with_plain(llm: LLM, jobs: Sequence[Job], run: Run) -> None:
 def warm_up(llm: LLM, jobs: Sequence[Job]) -> None:
     """Run both ways of decoding for a few tokens, so that neither pays for what is new."""
     params = replace(jobs[0].params, max_new_tokens=NUM_WARM_UP_TOKENS)
-    llm.generate([jobs[0].prompt], params)
+    llm.generate([jobs[0].prompt], params, references=jobs[0].reference)
     llm.generate([jobs[0].prompt], params, drafters=())
 
 
@@ -137,7 +137,10 @@ def _outputs(
     llm: LLM, jobs: Sequence[Job], *, drafters: Sequence[str] | None = None
 ) -> Iterator[RequestOutput]:
     return llm.generate_iter(
-        [job.prompt for job in jobs], [job.params for job in jobs], drafters=drafters
+        [job.prompt for job in jobs],
+        [job.params for job in jobs],
+        drafters=drafters,
+        references=[job.reference for job in jobs],
     )
 
 

@@ -112,9 +112,12 @@ class Draft:
             takes this node once its parent is taken, [N]; 0 for the root.
         draws: For nodes whose children were sampled, how they came about; one entry per drafter
             that sampled there.
+        scouts: Nodes whose rows a drafter wants to see whatever their chances, as Jacobi guesses
+            are; a bound cuts them, and what they hang on, last.
 
     Raises:
-        ValueError: The lengths differ, or a draw made a node that is no child of its node.
+        ValueError: The lengths differ, a draw made a node that is no child of its node, or a scout
+            is no draft token.
     """
 
     tree: TokenTree
@@ -122,6 +125,7 @@ class Draft:
     source: tuple[str, ...]
     draft_logprobs: tuple[float, ...]
     draws: Mapping[int, tuple[Draws, ...]] = field(default_factory=dict)
+    scouts: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
         if not len(self.tree) == len(self.source) == len(self.draft_logprobs):
@@ -137,6 +141,11 @@ class Draft:
                         f"draws at node {parent} make its children "
                         f"{self.tree.children[parent]}; got {sorted(strangers)}"
                     )
+        if self.scouts and not 0 < min(self.scouts) <= max(self.scouts) < len(self.tree):
+            raise ValueError(
+                f"scouts are nodes below the root, under {len(self.tree)}; "
+                f"got {sorted(self.scouts)}"
+            )
 
     @classmethod
     def empty(cls, root_id: int) -> Draft:
@@ -157,6 +166,7 @@ class Draft:
         siblings: SiblingDraw = SiblingDraw.DETERMINISTIC,
         draft_logprobs: tuple[float, ...] | None = None,
         draws: Mapping[int, tuple[Draws, ...]] | None = None,
+        scouts: frozenset[int] = frozenset(),
     ) -> Draft:
         """Return a draft whose nodes all come from the drafter `name`.
 
@@ -168,6 +178,7 @@ class Draft:
             source=("", *(name,) * tree.num_draft_tokens),
             draft_logprobs=draft_logprobs or (0.0,) * len(tree),
             draws=draws or {},
+            scouts=scouts,
         )
 
     def renamed(self, name: str, label: str) -> Draft:
@@ -188,13 +199,37 @@ class Draft:
         """Return the draft with at most `max_draft_tokens` nodes besides the root.
 
         Of sampled nodes the earliest draws stay, level by level, as `Draws` explains; of others
-        those most likely to be taken. Equal estimates count as likelier the shallower they are.
+        the scouts and then those most likely to be taken. Equal estimates count as likelier the
+        shallower they are.
         """
         if self.draws:
             return self._prune_draws(max_draft_tokens)
         if self.tree.num_draft_tokens <= max_draft_tokens:
             return self
-        return self._keep(self.tree.top_nodes(self.path_logprobs(), max_draft_tokens), {})
+        return self._keep(self.tree.top_nodes(self._worths(), max_draft_tokens), {})
+
+    def _worths(self) -> list[float]:
+        """Return what nodes are cut by, the lowest first: estimates, those of scouts lifted."""
+        worths = self.path_logprobs()
+        if self.scouts:
+            lift = 1.0 - min(worths)
+            for node in self.scout_paths():
+                worths[node] += lift
+        return worths
+
+    def keep(self, nodes: Sequence[int]) -> Draft:
+        """Return the draft of some nodes: ascending, the root first, each with its parent.
+
+        Raises:
+            ValueError: They are no such nodes, or there are draws, which only `prune` may cut.
+        """
+        if self.draws:
+            raise ValueError("a draft whose siblings were sampled is cut by prune alone")
+        return self._keep(nodes, {})
+
+    def scout_paths(self) -> frozenset[int]:
+        """Return the scouts and the nodes above them, the root included; none without scouts."""
+        return frozenset(above for scout in self.scouts for above in self.tree.path(scout))
 
     def _prune_draws(self, num_left: int) -> Draft:
         num_draws = sum(len(group.nodes) for groups in self.draws.values() for group in groups)
@@ -226,6 +261,7 @@ class Draft:
             source=tuple(self.source[node] for node in nodes),
             draft_logprobs=tuple(self.draft_logprobs[node] for node in nodes),
             draws={new_index[node]: _renamed(groups, new_index) for node, groups in draws.items()},
+            scouts=frozenset(new_index[node] for node in self.scouts if node in new_index),
         )
 
 
@@ -242,7 +278,7 @@ def merge_drafts(drafts: Sequence[Draft]) -> Draft:
     estimate. Drafts whose siblings were sampled in one way keep their draws, several `Draws` at a
     node that several drafters reached: drafters sample independently of each other, so what
     holds for each holds for all. Siblings drawn in different ways count as deterministic, and
-    their draws are dropped: the result is for rules that take any tree.
+    their draws are dropped: the result is for rules that take any tree. Scouts stay scouts.
 
     Args:
         drafts: At least one draft; all trees have the same root token.
@@ -251,6 +287,7 @@ def merge_drafts(drafts: Sequence[Draft]) -> Draft:
     names: list[dict[str, None]] = [{} for _ in range(len(tree))]
     logprobs = [0.0] * len(tree)
     draws: dict[int, tuple[Draws, ...]] = {}
+    scouts: set[int] = set()
     for draft, node_map in zip(drafts, node_maps, strict=True):
         new_index = dict(enumerate(node_map))
         for node, merged in enumerate(node_map[1:], start=1):
@@ -260,6 +297,7 @@ def merge_drafts(drafts: Sequence[Draft]) -> Draft:
         for node, groups in draft.draws.items():
             merged = node_map[node]
             draws[merged] = draws.get(merged, ()) + _renamed(groups, new_index)
+        scouts.update(node_map[node] for node in draft.scouts)
     ways = {draft.siblings for draft in drafts if draft.tree.num_draft_tokens}
     return Draft(
         tree=tree,
@@ -267,6 +305,7 @@ def merge_drafts(drafts: Sequence[Draft]) -> Draft:
         source=tuple(_JOINT.join(found) for found in names),
         draft_logprobs=tuple(logprobs),
         draws=draws if len(ways) == 1 else {},
+        scouts=frozenset(scouts),
     )
 
 

@@ -169,6 +169,11 @@ class SamplingParams:
         """Whether the likeliest token is taken, without noise."""
         return self.temperature == 0
 
+    @property
+    def has_grammar(self) -> bool:
+        """Whether the output must follow a grammar."""
+        return any(getattr(self, name) is not None for name in _GRAMMARS)
+
     def named_token_ids(self) -> Iterator[tuple[str, int]]:
         """Yield each token id that a parameter names, with the parameter's name.
 

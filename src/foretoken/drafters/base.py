@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,9 +12,12 @@ from torch import Tensor
 
 from foretoken.core.draft import Draft, DraftBudget, SiblingDraw
 from foretoken.core.noise import Stream
+from foretoken.core.params import SamplingParams
 from foretoken.core.sampling import Sampler
 from foretoken.core.verdict import Verdict
 from foretoken.models.adapter import LanguageModel
+from foretoken.models.batch import RowStates
+from foretoken.models.partial import CachedPast
 from foretoken.models.tokenizer import Tokenizer
 
 
@@ -26,11 +29,13 @@ class DrafterNeeds:
         hidden_layers: Target layers whose states at the scored nodes the drafter receives.
         top_logits: How many of the likeliest tokens after each scored node it receives.
         draft_cache: Whether it keeps keys and values that must follow every commit.
+        shared_layers: How many of the target's first layers it runs itself, as `row_states` tell.
     """
 
     hidden_layers: tuple[int, ...] = ()
     top_logits: int = 0
     draft_cache: bool = False
+    shared_layers: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +87,8 @@ class DraftContext:
         siblings: How siblings are to be drawn, one of the drafter's `draws`. An empty draft fits
             every way.
         drafter_index: Which of the request's drafters this is.
+        past: Where the target keeps the keys and values of the tokens before those that it is
+            fed in this step, for drafters that run layers of it; None if there is no such place.
     """
 
     request_id: str
@@ -90,6 +97,7 @@ class DraftContext:
     budget: DraftBudget
     siblings: SiblingDraw = SiblingDraw.DETERMINISTIC
     drafter_index: int = 0
+    past: CachedPast | None = None
 
     def generator(self) -> np.random.Generator:
         """Return the randomness of this drafter's samples in this step.
@@ -167,6 +175,15 @@ class Drafter(Protocol):
         """Build from options; the one place that may load models."""
         ...
 
+    def serves(self, params: SamplingParams, *, has_reference: bool) -> bool:
+        """Return whether it could ever draft for a request.
+
+        Args:
+            params: What the request asks.
+            has_reference: Whether a text to copy from comes with it.
+        """
+        return True
+
     def start(self, request: RequestView) -> None:
         """Learn of a new request."""
         return
@@ -187,6 +204,19 @@ class Drafter(Protocol):
         """
         return
 
+    def row_states(self, request_id: str, positions: range, draft: Draft) -> RowStates | None:
+        """Return what it has computed in this step of the rows that the target is about to run.
+
+        Asked of drafters whose `needs.shared_layers` is not 0, after all have drafted.
+
+        Args:
+            request_id: As given to `start`.
+            positions: Of the tokens that stand and are fed, the root last. They are the first rows
+                of the target's segment; the nodes of the draft follow.
+            draft: What is to be scored, of all drafters.
+        """
+        return None
+
     def stop(self, request_id: str) -> None:
         """Forget a request; unknown ones are ignored."""
         return
@@ -194,3 +224,20 @@ class Drafter(Protocol):
     def close(self) -> None:
         """Let go of what is held beyond requests; nothing comes after it."""
         return
+
+
+@runtime_checkable
+class Follower(Protocol):
+    """A drafter that can also be asked what it would draft later: most that retrieve can."""
+
+    def follow(self, context: DraftContext, path: Sequence[int]) -> Draft:
+        """Return what `propose` would if the tokens of a path had come next.
+
+        It learns nothing of the path, and may come before, after or without `propose`.
+
+        Args:
+            context: The request as it stands; its budget is for what comes after the path.
+            path: Tokens after those of the context; the last one is the root of the draft. If
+                empty, the root is the pending token.
+        """
+        ...

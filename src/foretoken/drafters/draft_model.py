@@ -2,169 +2,29 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
 
-import numpy as np
-import torch
-from torch import Tensor
-from torch.nn import functional
-
-from foretoken.core.draft import Draft, SiblingDraw
-from foretoken.core.drawing import draw_iid, draw_without_replacement
-from foretoken.core.ranking import LogprobLists, TokenLists, best_tokens
-from foretoken.core.sampling import Frontier, best_guesses
-from foretoken.core.tree import ROOT
-from foretoken.core.verdict import Verdict
-from foretoken.drafters.base import (
-    DraftContext,
-    Drafter,
-    DrafterHost,
-    DrafterNeeds,
-    Outcome,
-    RequestView,
-    Taxonomy,
-)
-from foretoken.drafters.growth import (
-    BestFirst,
-    DrawnTree,
-    GrowingTree,
-    GrowthPolicy,
-    StaticExpansion,
-)
-from foretoken.errors import ConfigError
-from foretoken.models.adapter import LanguageModel
-from foretoken.models.batch import Segment
-from foretoken.models.cache import CachedSequence
+from foretoken.drafters.base import DrafterHost, Taxonomy
+from foretoken.drafters.model_drafter import GrowthOptions, ModelDrafter
 from foretoken.models.loading import load_model
 from foretoken.models.tokenizer import Tokenizer, check_same_vocabulary
 
-PREFILL_ROWS = 512
-# How far target and draft disagree, as the temperature of the race between candidates; see
-# docs/decisions for the measurement.
-RACE_TEMPERATURE = 0.5
-
-_SAMPLERS = {
-    SiblingDraw.IID: draw_iid,
-    SiblingDraw.WITHOUT_REPLACEMENT: draw_without_replacement,
-}
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DraftModelOptions:
-    """Options of `draft-model`.
+class DraftModelOptions(GrowthOptions):
+    """Options of `draft-model`, besides how trees grow.
 
     Args:
         path: Directory or hub id of the draft model; it shares the target's tokens.
-        expansion: Children per level, such as `1-1-3-1-1`; without it the tree grows best
-            first.
-        max_depth: Longest path, which is also the most draft passes per step.
-        width: Most children of one node when growing best first.
-        min_gain: Best first stops when a level is worth less than this many expected tokens.
-        max_nodes: Most nodes of a tree, if that is less than the step allows; for targets so small
-            that every row of their pass counts.
     """
 
+    name: ClassVar[str] = "draft-model"
     path: str
-    expansion: tuple[int, ...] | None = None
-    max_depth: int = 8
-    width: int = 4
-    min_gain: float = 0.1
-    max_nodes: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.max_depth < 1:
-            raise ConfigError(
-                f"draft-model:max_depth is at least 1; got {self.max_depth}",
-                hint="change max_depth, or use the drafter none",
-            )
-        if self.max_nodes is not None and self.max_nodes < 1:
-            raise ConfigError(
-                f"draft-model:max_nodes is at least 1; got {self.max_nodes}",
-                hint="change max_nodes, or use the drafter none",
-            )
-        self.policy()  # raises for bad values
-
-    def policy(self) -> GrowthPolicy:
-        """Return the way to grow that the options describe."""
-        if self.expansion is not None:
-            return StaticExpansion(self.expansion)
-        return BestFirst(width=self.width, min_gain=self.min_gain)
-
-    @property
-    def depth_limit(self) -> int:
-        """Longest path, the expansion's length included."""
-        return min(self.max_depth, len(self.expansion)) if self.expansion else self.max_depth
 
 
-@dataclass(slots=True)
-class _DraftState:
-    """One request's place in the draft model's cache.
-
-    Rows fed since the last commit are staged in the cache: tokens that stand, as a chain, then
-    nodes of the tree in the making.
-
-    Args:
-        sequence: Its keys and values.
-        num_known: How many of the staged tokens stand; the last of them is the root.
-        staged_at: Tree node to its index among the staged.
-        child_at: Index of a staged node and token id of a child to that child's index.
-        generator: Of this step's samples, when children are sampled.
-    """
-
-    sequence: CachedSequence
-    num_known: int = 0
-    staged_at: dict[int, int] = field(default_factory=dict)
-    child_at: dict[tuple[int, int], int] = field(default_factory=dict)
-    generator: np.random.Generator | None = None
-
-    def reset(self) -> None:
-        """Forget what was fed since the last commit."""
-        self.staged_at.clear()
-        self.child_at.clear()
-        self.num_known = 0
-
-    def kept(self, verdict: Verdict) -> list[int]:
-        """Return which of the staged nodes stand: the known tokens and the accepted path."""
-        nodes = list(range(self.num_known))
-        parent = self.num_known - 1
-        # Not the final token: it is the next root, and the root's row must be run for its logits.
-        for token_id in verdict.token_ids[:-1]:
-            node = self.child_at.get((parent, token_id))
-            if node is None:
-                break
-            nodes.append(node)
-            parent = node
-        return nodes
-
-    def feed_known(self, token_ids: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:
-        """Return what is to be fed for the root's logits: token ids, and parents as staged."""
-        new_ids = token_ids[self.sequence.num_cached :]
-        self.num_known = len(new_ids)
-        self.staged_at[ROOT] = self.num_known - 1
-        return new_ids, range(-1, self.num_known - 1)
-
-    def feed_frontier(self, tree: GrowingTree) -> tuple[Sequence[int], Sequence[int]]:
-        """Return what is to be fed for the frontier's logits, likewise."""
-        new_ids = [tree.token_ids[node] for node in tree.frontier]
-        parents = [self.staged_at[tree.parents[node]] for node in tree.frontier]
-        first = self.sequence.num_staged
-        for index, node in enumerate(tree.frontier):
-            self.staged_at[node] = first + index
-            self.child_at[parents[index], new_ids[index]] = first + index
-        return new_ids, parents
-
-
-class DraftModelDrafter(Drafter):
-    """Runs a small model once per level of the tree, for all requests together.
-
-    When sampling, coupled candidates are ranked by the race that the target will run (same
-    noise), not by probability alone: the first child is then the draft's own sample under the
-    target's noise. For other rules children are the likeliest, or samples of the draft's
-    distribution with every control of the request applied.
-    """
+class DraftModelDrafter(ModelDrafter):
+    """Grows trees with a model of its own that speaks the target's tokens."""
 
     Options: ClassVar[type[Any]] = DraftModelOptions
     taxonomy: ClassVar[Taxonomy] = Taxonomy(
@@ -174,23 +34,9 @@ class DraftModelDrafter(Drafter):
         structure="tree",
         reference="SpecInfer, arXiv:2305.09781; SpecExec, arXiv:2406.02532",
     )
-    draws: ClassVar[frozenset[SiblingDraw]] = frozenset(SiblingDraw)
-
-    def __init__(self, model: LanguageModel, options: DraftModelOptions, host: DrafterHost) -> None:
-        self.needs = DrafterNeeds(draft_cache=True)
-        self._model = model
-        self._policy = options.policy()
-        self._max_depth = options.depth_limit
-        self._max_nodes = options.max_nodes
-        self._target_vocab_size = host.target.info.vocab_size
-        self._has_fewer_tokens = model.info.vocab_size < self._target_vocab_size
-        # A tree in the making holds more nodes than the draft that comes of it.
-        scratch = self._max_depth * max(64, options.width) * host.max_requests
-        self._cache = model.new_cache(host.kv_cache_tokens + scratch)
-        self._states: dict[str, _DraftState] = {}
 
     @classmethod
-    def create(cls, options: DraftModelOptions, host: DrafterHost) -> DraftModelDrafter:
+    def create(cls, options: DraftModelOptions, host: DrafterHost) -> Self:
         """Load the draft model and check that it speaks the target's tokens.
 
         Raises:
@@ -199,160 +45,3 @@ class DraftModelDrafter(Drafter):
         model = load_model(options.path, dtype=host.dtype, device=host.device)
         check_same_vocabulary(host.target, host.tokenizer, model, Tokenizer.load(options.path))
         return cls(model, options, host)
-
-    def start(self, request: RequestView) -> None:
-        """Open the request's place in the cache; the prompt is fed with the first draft."""
-        self._states[request.request_id] = _DraftState(self._cache.open())
-
-    def propose(self, contexts: Sequence[DraftContext]) -> list[Draft]:
-        """Return one tree per context, grown with one pass per level for all of them."""
-        trees = [self._plant(context) for context in contexts]
-        growing = [pair for pair in zip(contexts, trees, strict=True) if pair[1].frontier]
-        while growing:
-            self._grow(growing, self._run(growing))
-            growing = [pair for pair in growing if pair[1].frontier]
-        return [
-            tree.finish("draft-model", context.siblings)
-            for context, tree in zip(contexts, trees, strict=True)
-        ]
-
-    def commit(self, outcomes: Sequence[Outcome]) -> None:
-        """Keep the keys and values of the tokens that stand; drop the other branches."""
-        kept = []
-        for outcome in outcomes:
-            state = self._states[outcome.request_id]
-            if state.num_known:
-                kept.append((state.sequence, state.kept(outcome.verdict)))
-                state.reset()
-        if kept:
-            self._cache.commit(kept)
-
-    def stop(self, request_id: str) -> None:
-        """Free the request's place in the cache."""
-        state = self._states.pop(request_id, None)
-        if state is not None:
-            self._cache.close(state.sequence)
-
-    # -- one level ---------------------------------------------------------------------------
-
-    def _plant(self, context: DraftContext) -> GrowingTree:
-        """Return a tree of the root alone, with everything before the root's row cached."""
-        state = self._states[context.request_id]
-        self._cache.rollback(state.sequence)  # an earlier step may have failed before its commit
-        state.reset()
-        room = self._model.info.context_limit - len(context.token_ids)
-        max_depth = max(0, min(self._max_depth, room))
-        budget = context.budget
-        if self._max_nodes is not None and self._max_nodes < budget.max_nodes:
-            budget = replace(budget, max_nodes=self._max_nodes)
-        kind = GrowingTree
-        if context.siblings in _SAMPLERS:
-            kind = DrawnTree
-            state.generator = context.generator()
-        tree = kind(context.token_ids[-1], budget, self._policy, max_depth)
-        if tree.frontier:
-            self._prefill(state, context.token_ids)
-        return tree
-
-    def _prefill(self, state: _DraftState, token_ids: Sequence[int]) -> None:
-        """Cache all but the last `PREFILL_ROWS` tokens that the draft has not seen."""
-        sequence = state.sequence
-        while len(token_ids) - sequence.num_cached > PREFILL_ROWS:
-            start = sequence.num_cached
-            chunk = self._clamped(token_ids[start : start + PREFILL_ROWS])
-            segment = Segment(sequence, chunk, range(-1, len(chunk) - 1))
-            with self._cache.speculate([sequence]):
-                self._model.forward(self._model.batch(self._cache, [segment]), [])
-                self._cache.commit([(sequence, range(len(chunk)))])
-
-    def _run(self, growing: Sequence[tuple[DraftContext, GrowingTree]]) -> Tensor:
-        """Run the frontier of every tree in one pass; return its logits, [F, V], tree by tree."""
-        segments = [self._segment(context, tree) for context, tree in growing]
-        batch = self._model.batch(self._cache, segments)
-        rows: Sequence[int] = range(batch.num_rows)
-        if growing[0][1].depth == 0 and len(growing) < batch.num_rows:
-            rows = [stop - 1 for stop in batch.starts[1:]]  # the roots; all trees are as deep
-        logits = self._model.forward(batch, rows).logits
-        num_missing = self._target_vocab_size - logits.shape[1]
-        if num_missing:  # too many if negative; the processors expect the target's vocabulary
-            logits = functional.pad(logits, (0, num_missing), value=-math.inf)
-        return logits
-
-    def _segment(self, context: DraftContext, tree: GrowingTree) -> Segment:
-        """Return the rows to feed: tokens that stand if this is the root, else draft tokens."""
-        state = self._states[context.request_id]
-        token_ids, parents = (
-            state.feed_frontier(tree) if tree.depth else state.feed_known(context.token_ids)
-        )
-        return Segment(state.sequence, self._clamped(token_ids), parents)
-
-    def _clamped(self, token_ids: Sequence[int]) -> Sequence[int]:
-        """Return the ids with those that the draft does not have replaced by its last one."""
-        if not self._has_fewer_tokens:
-            return token_ids
-        return [min(token_id, self._model.info.vocab_size - 1) for token_id in token_ids]
-
-    def _grow(
-        self,
-        growing: Sequence[tuple[DraftContext, GrowingTree]],
-        logits: Tensor,  # [F, V]
-    ) -> None:
-        """Add a level to every tree: all that race in one go, the others one by one."""
-        racing: list[tuple[DraftContext, GrowingTree, slice]] = []
-        start = 0
-        for context, tree in growing:
-            rows = slice(start, start + len(tree.frontier))
-            start = rows.stop
-            if isinstance(tree, DrawnTree):
-                self._draw(context, tree, logits[rows])
-            elif context.siblings is SiblingDraw.COUPLED or context.sampler.is_greedy:
-                racing.append((context, tree, rows))
-            else:
-                self._rank(context, tree, logits[rows])
-        if not racing:
-            return
-        if len(racing) < len(growing):
-            logits = torch.cat([logits[rows] for _, _, rows in racing])
-        width = max(tree.num_children for _, tree, _ in racing)
-        token_ids, logprobs = self._candidates(racing, logits, width)
-        start = 0
-        for _, tree, _ in racing:
-            stop, num_children = start + len(tree.frontier), tree.num_children
-            if num_children < width:
-                for row in range(start, stop):
-                    del token_ids[row][num_children:], logprobs[row][num_children:]
-            tree.grow(token_ids[start:stop], logprobs[start:stop])
-            start = stop
-
-    def _draw(self, context: DraftContext, tree: DrawnTree, logits: Tensor) -> None:
-        """Sample the children of each frontier node from the draft model's own distribution."""
-        draw = _SAMPLERS[context.siblings]
-        generator = self._states[context.request_id].generator or context.generator()
-        drawn = []
-        for row, node, count in zip(logits, tree.frontier, tree.num_draws, strict=True):
-            path = tree.paths[node]
-            probs = context.sampler.draft_distribution(row, context.token_ids, path)
-            # All zeros where the controls leave nothing to draw.
-            drawn.append((draw(probs, count, generator) if probs.any() else [], probs))
-        tree.grow_drawn(drawn)
-
-    def _rank(self, context: DraftContext, tree: GrowingTree, logits: Tensor) -> None:
-        """Take the likeliest children of each frontier node: no noise, for rules with their own."""
-        paths = [tree.paths[node] for node in tree.frontier]
-        scores = context.sampler.scores(logits, context.token_ids, paths)
-        tree.grow(*best_tokens(scores, tree.num_children))
-
-    def _candidates(
-        self,
-        racing: Sequence[tuple[DraftContext, GrowingTree, slice]],
-        logits: Tensor,  # [F, V]
-        width: int,
-    ) -> tuple[TokenLists, LogprobLists]:
-        """Return the best children of each frontier node by the race, best first."""
-        frontiers = [
-            Frontier(
-                context.sampler, context.token_ids, [tree.paths[node] for node in tree.frontier]
-            )
-            for context, tree, _ in racing
-        ]
-        return best_guesses(logits, frontiers, width, RACE_TEMPERATURE)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from foretoken.core.draft import Draft, SiblingDraw
+from foretoken.core.params import SamplingParams
 from foretoken.core.tree import TokenTree
 from foretoken.drafters.base import (
     DraftContext,
@@ -48,6 +49,10 @@ class ForcedDrafter(Drafter):
     def create(cls, options: ForcedOptions, host: DrafterHost) -> ForcedDrafter:
         """Build it; the grammar comes with each request."""
         return cls()
+
+    def serves(self, params: SamplingParams, *, has_reference: bool) -> bool:
+        """Return whether the request has a grammar."""
+        return params.has_grammar
 
     def propose(self, contexts: Sequence[DraftContext]) -> list[Draft]:
         """Return for each context one chain of forced tokens, as long as its budget allows."""

@@ -91,22 +91,25 @@ class PromptLookupDrafter(Drafter):
 
     def propose(self, contexts: Sequence[DraftContext]) -> list[Draft]:
         """Return for each context one chain copied from its own text."""
-        return [self._propose_one(context) for context in contexts]
+        return [self.follow(context, ()) for context in contexts]
+
+    def follow(self, context: DraftContext, path: Sequence[int]) -> Draft:
+        """Return the chain that is copied if the tokens of a path come next."""
+        index = self._indices[context.request_id]
+        self._extend(index, context.token_ids)
+        token_ids = [*context.token_ids, *path] if path else context.token_ids
+        length = min(self._options.max_depth, context.budget.max_depth, context.budget.max_nodes)
+        for size in range(self._options.max_ngram, self._options.min_ngram - 1, -1):
+            run = token_ids[-size:]
+            start = _latest_start(token_ids, run, len(path))
+            start = index.next_position.get(tuple(run)) if start is None else start
+            if start is not None and length > 0:
+                return self._copy(token_ids, start, length, size)
+        return Draft.empty(token_ids[-1])
 
     def stop(self, request_id: str) -> None:
         """Drop the request's index."""
         self._indices.pop(request_id, None)
-
-    def _propose_one(self, context: DraftContext) -> Draft:
-        token_ids = context.token_ids
-        index = self._indices[context.request_id]
-        self._extend(index, token_ids)
-        length = min(self._options.max_depth, context.budget.max_depth, context.budget.max_nodes)
-        for size in range(self._options.max_ngram, self._options.min_ngram - 1, -1):
-            start = index.next_position.get(tuple(token_ids[-size:]))
-            if start is not None and length > 0:
-                return self._copy(token_ids, start, length, size)
-        return Draft.empty(token_ids[-1])
 
     def _extend(self, index: _NgramIndex, token_ids: Sequence[int]) -> None:
         """Index every run that has a token after it, up to the current end."""
@@ -128,3 +131,11 @@ class PromptLookupDrafter(Drafter):
             TokenTree.chain((token_ids[-1], *copied)),
             draft_logprobs=(0.0, *(logprob for _ in copied)),
         )
+
+
+def _latest_start(token_ids: Sequence[int], run: Sequence[int], num_last: int) -> int | None:
+    """Return the last of so many last positions before which a run of tokens stands, if any."""
+    for position in range(len(token_ids) - 1, len(token_ids) - 1 - num_last, -1):
+        if token_ids[max(0, position - len(run)) : position] == run:
+            return position
+    return None

@@ -1,24 +1,26 @@
-"""Reference: copy from a text that the output is expected to repeat with changes."""
+"""Reference: copy from texts that the output is expected to repeat with changes."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from foretoken.core.draft import Draft, SiblingDraw
+from foretoken.core.draft import Draft, DraftBudget, SiblingDraw
 from foretoken.core.jit import jit
+from foretoken.core.params import SamplingParams
 from foretoken.core.tree import TokenTree
 from foretoken.drafters.base import (
     DraftContext,
     Drafter,
     DrafterHost,
     DrafterNeeds,
+    Follower,
     RequestView,
     Taxonomy,
 )
@@ -34,13 +36,13 @@ class ReferenceOptions:
     """Options of `reference`.
 
     Args:
-        path: A UTF-8 text file.
+        path: A UTF-8 text file for all requests; None if requests bring their own texts.
         max_ngram: Longest run of last tokens to look for; longer matches are tried first.
         min_ngram: Shortest run.
         max_depth: Most tokens to copy in one step.
     """
 
-    path: str
+    path: str | None = None
     max_ngram: int = 8
     min_ngram: int = 1
     max_depth: int = 16
@@ -60,14 +62,19 @@ class ReferenceOptions:
 
 
 class _Text(NamedTuple):
-    """The reference: its tokens and their suffix array, [T] int32 each."""
+    """A reference: its tokens and their suffix array, [T] int32 each."""
 
     tokens: NDArray[np.int32]
     array: NDArray[np.int32]
 
+    @classmethod
+    def of(cls, token_ids: Sequence[int]) -> _Text:
+        tokens = np.array(token_ids, np.int32)
+        return cls(tokens, build_suffix_array(tokens))
+
 
 class _Place(NamedTuple):
-    """Where a request's output stands in the reference.
+    """Where a request's output stands in a reference.
 
     Args:
         num_seen: Tokens of the request that it accounts for.
@@ -82,23 +89,52 @@ class _Place(NamedTuple):
     num_agreed: int = 0
 
 
-class ReferenceDrafter(Drafter):
-    """Keeps its place in a given text and copies on from there.
+_BEGINNING = _Place()
+
+
+@dataclass(slots=True)
+class _Reader:
+    """A request in one of its references."""
+
+    text: _Text
+    place: _Place = _BEGINNING
+
+    def follow(self, token_ids: Sequence[int], max_ngram: int, min_ngram: int) -> None:
+        """Move on with the tokens that are new."""
+        num_seen = self.place.num_seen
+        if len(token_ids) > num_seen:
+            recent = np.array(token_ids[max(0, num_seen - max_ngram) :], np.int32)
+            moved = _follow(self.text, self.place, recent, max_ngram, min_ngram)
+            self.place = _Place(len(token_ids), *[int(value) for value in moved])
+
+    def copy(self, length: int) -> list[int]:
+        """Return the tokens that stand next, none if the place was lost."""
+        if self.place.next == _NOWHERE:
+            return []
+        copied: list[int] = self.text.tokens[self.place.next : self.place.next + length].tolist()
+        return copied
+
+
+class ReferenceDrafter(Drafter, Follower):
+    """Keeps its place in given texts and copies on from there.
 
     The place moves on with every token that agrees. At one that does not, the longest run of last
     tokens that occurs in the text says where to go on, of several places the nearest ahead. So
     the place is a function of the tokens, however they were divided into steps.
 
+    A request may bring a text of its own, and there may be a file for all requests. Of the two
+    the one is copied from with which more last tokens agree; the request's own if equally many.
+
     Args:
         options: How to look.
-        token_ids: The reference.
+        token_ids: The text for all requests; empty if there is none.
 
     Source: LLMA, arXiv:2304.04487; CopySpec, arXiv:2502.08923.
     """
 
     Options: ClassVar[type[Any]] = ReferenceOptions
     taxonomy: ClassVar[Taxonomy] = Taxonomy(
-        source="retrieval (a given text)",
+        source="retrieval (given texts)",
         is_trained=False,
         termination="static",
         structure="chain",
@@ -106,23 +142,24 @@ class ReferenceDrafter(Drafter):
     )
     draws: ClassVar[frozenset[SiblingDraw]] = frozenset({SiblingDraw.DETERMINISTIC})
 
-    def __init__(self, options: ReferenceOptions, token_ids: Sequence[int]) -> None:
+    def __init__(self, options: ReferenceOptions, token_ids: Sequence[int] = ()) -> None:
         self.needs = DrafterNeeds()
         self._options = options
-        tokens = np.array(token_ids, np.int32)
-        self._text = _Text(tokens, build_suffix_array(tokens))
-        self._places: dict[str, _Place] = {}
+        self._shared = _Text.of(token_ids)
+        self._readers: dict[str, list[_Reader]] = {}
 
     @classmethod
     def create(cls, options: ReferenceOptions, host: DrafterHost) -> ReferenceDrafter:
-        """Read the file and index its tokens.
+        """Read the file, if there is one, and index its tokens.
 
         Raises:
-            ConfigError: The file cannot be read, or the target has no tokenizer.
+            ConfigError: The file cannot be read, or the target has no tokenizer for it.
         """
+        if options.path is None:
+            return cls(options)
         if host.tokenizer is None:
             raise ConfigError(
-                "reference needs the target's tokenizer, and the model has none",
+                "reference:path needs the target's tokenizer, and the model has none",
                 hint="add the tokenizer's files to the model directory",
             )
         try:
@@ -137,41 +174,49 @@ class ReferenceDrafter(Drafter):
         check_token_ids(np.array(token_ids), host.target.info.vocab_size, "reference:path")
         return cls(options, token_ids)
 
+    def serves(self, params: SamplingParams, *, has_reference: bool) -> bool:
+        """Return whether there is a text, the request's own or the file."""
+        return has_reference or len(self._shared.tokens) > 0
+
     def start(self, request: RequestView) -> None:
-        """Begin nowhere; the prompt is followed with the first draft."""
-        self._places[request.request_id] = _Place()
+        """Begin nowhere in the texts; the prompt is followed with the first draft."""
+        texts = [_Text.of(request.reference_ids), self._shared]
+        self._readers[request.request_id] = [_Reader(it) for it in texts if len(it.tokens)]
 
     def propose(self, contexts: Sequence[DraftContext]) -> list[Draft]:
-        """Return for each context one chain copied from the reference."""
-        return [self._propose_one(context) for context in contexts]
+        """Return for each context one chain copied from one of its references."""
+        return [
+            self._draft(self._readers[it.request_id], it.token_ids, it.budget) for it in contexts
+        ]
+
+    def follow(self, context: DraftContext, path: Sequence[int]) -> Draft:
+        """Return what would be drafted after a path; the request keeps its places."""
+        readers = [replace(reader) for reader in self._readers[context.request_id]]
+        return self._draft(readers, [*context.token_ids, *path], context.budget)
 
     def stop(self, request_id: str) -> None:
-        """Forget the request's place."""
-        self._places.pop(request_id, None)
+        """Forget the request's places and its own text."""
+        self._readers.pop(request_id, None)
 
-    def _propose_one(self, context: DraftContext) -> Draft:
-        token_ids = context.token_ids
-        place = self._places[context.request_id]
-        if len(token_ids) > place.num_seen:
-            place = self._places[context.request_id] = self._moved(place, token_ids)
-        length = min(self._options.max_depth, context.budget.max_depth, context.budget.max_nodes)
-        if place.next == _NOWHERE or length == 0:
-            return Draft.empty(token_ids[-1])
-        copied = self._text.tokens[place.next : place.next + length].tolist()
+    def _draft(
+        self, readers: Sequence[_Reader], token_ids: Sequence[int], budget: DraftBudget
+    ) -> Draft:
+        options = self._options
+        length = min(options.max_depth, budget.max_depth, budget.max_nodes)
+        copied: list[int] = []
+        num_agreed = -1
+        for reader in readers:
+            reader.follow(token_ids, options.max_ngram, options.min_ngram)
+            found = reader.copy(length)
+            if found and reader.place.num_agreed > num_agreed:
+                copied, num_agreed = found, reader.place.num_agreed
         # Laplace's rule: each agreeing token makes the next one more likely.
-        agreed = range(place.num_agreed, place.num_agreed + len(copied))
+        agreed = range(num_agreed, num_agreed + len(copied))
         return Draft.from_drafter(
             "reference",
             TokenTree.chain((token_ids[-1], *copied)),
             draft_logprobs=(0.0, *[math.log((count + 1) / (count + 2)) for count in agreed]),
         )
-
-    def _moved(self, place: _Place, token_ids: Sequence[int]) -> _Place:
-        """Return the place after the tokens that are new."""
-        options = self._options
-        recent = np.array(token_ids[max(0, place.num_seen - options.max_ngram) :], np.int32)
-        moved = _follow(self._text, place, recent, options.max_ngram, options.min_ngram)
-        return _Place(len(token_ids), *[int(value) for value in moved])
 
 
 @jit

@@ -106,12 +106,14 @@ class RestDrafter(Drafter):
 
     def propose(self, contexts: Sequence[DraftContext]) -> list[Draft]:
         """Return for each context one tree of what the datastore has after its last tokens."""
-        return [self._propose_one(context) for context in contexts]
+        return [self.follow(context, ()) for context in contexts]
 
-    def _propose_one(self, context: DraftContext) -> Draft:
-        options, root_id = self._options, context.token_ids[-1]
+    def follow(self, context: DraftContext, path: Sequence[int]) -> Draft:
+        """Return the tree of what the datastore has after the last tokens and a path."""
+        options = self._options
         tokens, array = self._datastore.tokens, self._datastore.array
-        query = np.array(context.token_ids[-options.max_match :], np.int32)
+        last_ids = [*context.token_ids[-options.max_match :], *path][-options.max_match :]
+        root_id, query = last_ids[-1], np.array(last_ids, np.int32)
         length, low, high = longest_suffix(tokens, array, query)
         if length < options.min_match or context.budget.is_empty:
             return Draft.empty(root_id)

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from foretoken.core.draft import Draft, SiblingDraw
+from foretoken.core.draft import Draft, DraftBudget, SiblingDraw
 from foretoken.drafters.base import (
     DraftContext,
     Drafter,
@@ -21,7 +21,7 @@ from foretoken.drafters.base import (
     RequestView,
     Taxonomy,
 )
-from foretoken.drafters.copying import NOTHING, Shape, best_tree
+from foretoken.drafters.copying import NOTHING, CountedTree, Shape, best_tree
 from foretoken.drafters.suffix_index import MAX_CAPACITY, SuffixIndex
 from foretoken.drafters.token_files import (
     FileKind,
@@ -214,7 +214,18 @@ class SuffixDrafter(Drafter):
 
     def propose(self, contexts: Sequence[DraftContext]) -> list[Draft]:
         """Return for each context the better of two trees, its own text's and past outputs'."""
-        return [self._propose_one(context) for context in contexts]
+        return [self.follow(context, ()) for context in contexts]
+
+    def follow(self, context: DraftContext, path: Sequence[int]) -> Draft:
+        """Return the better of two trees below a path."""
+        own = self._requests[context.request_id]
+        own.catch_up(context.token_ids)
+        root_id = path[-1] if path else context.token_ids[-1]
+        if context.budget.is_empty:
+            return Draft.empty(root_id)
+        with own.index.extended(path):
+            best = self._best_tree(own.index, context.budget)
+        return Draft.empty(root_id) if best is NOTHING else best.as_draft(root_id, "suffix")
 
     def stop(self, request_id: str) -> None:
         """Drop the request's index; its output joins the past outputs."""
@@ -231,25 +242,18 @@ class SuffixDrafter(Drafter):
         if self._past is not None:
             self._past.save()
 
-    def _propose_one(self, context: DraftContext) -> Draft:
-        options, token_ids = self._options, context.token_ids
-        own = self._requests[context.request_id]
-        own.catch_up(token_ids)
-        if context.budget.is_empty:
-            return Draft.empty(token_ids[-1])
+    def _best_tree(self, own: SuffixIndex, budget: DraftBudget) -> CountedTree:
+        """Return the better tree below the last token of the request's own index."""
+        options = self._options
         shape = Shape.within(
-            context.budget,
+            budget,
             depth_per_match=options.depth_per_match,
             depth_offset=options.depth_offset,
             min_prob=options.min_prob,
         )
-        best = best_tree(own.index.find_own(options.max_match, options.max_places), shape)
+        best = best_tree(own.find_own(options.max_match, options.max_places), shape)
         if self._past is not None:
-            query = own.index.tail(options.max_match)
+            query = own.tail(options.max_match)
             past = best_tree(self._past.index.find(query, options.max_places), shape)
             best = past if past.score > best.score else best
-        return (
-            Draft.empty(token_ids[-1])
-            if best is NOTHING
-            else best.as_draft(token_ids[-1], "suffix")
-        )
+        return best

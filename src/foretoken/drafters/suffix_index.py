@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -74,6 +75,24 @@ class SuffixIndex:
         self._make_room(len(token_ids))
         self._append(np.array(token_ids, np.int32))
 
+    @contextmanager
+    def extended(self, token_ids: Sequence[int]) -> Iterator[None]:
+        """Let the newest text go on with some tokens, and take them back at the end.
+
+        For an index that never evicts: what was evicted could not come back.
+
+        Raises:
+            ValueError: It is longer than `max_tokens` then.
+        """
+        self.extend(token_ids)
+        try:
+            yield
+        finally:
+            self._next = (self._next - len(token_ids)) % len(self._arrays.tokens)
+            self._run -= len(token_ids)
+            self.num_tokens -= len(token_ids)
+            _retract(self._arrays, self._next, len(token_ids), self._run)
+
     def texts(self) -> NDArray[np.int32]:
         """Return everything that is held, oldest first, in a new array."""
         first, tokens = self._next - self.num_tokens, self._arrays.tokens
@@ -97,8 +116,9 @@ class SuffixIndex:
         return self._find(query, max_places, -1)
 
     def find_own(self, max_match: int, max_places: int) -> Occurrences:
-        """Return where the last tokens of the newest text occurred before in it."""
-        return self._find(self.tail(max_match), max_places, self._next)
+        """Return where the last tokens of the only text occurred before in it."""
+        # Not `_next`, which is 0 again when the ring is full.
+        return self._find(self.tail(max_match), max_places, self.num_tokens)
 
     def _find(self, query: NDArray[np.int32], max_places: int, end: int) -> Occurrences:
         newest = (self._next - 1) % len(self._arrays.tokens)
@@ -169,6 +189,18 @@ def _append(arrays: _Arrays, place: int, run: int, token_ids: np.ndarray) -> int
                 previous[index, place] = _NONE
         place = place + 1 if place + 1 < len(tokens) else 0
     return run
+
+
+@jit
+def _retract(arrays: _Arrays, first: int, num_tokens: int, run: int) -> None:
+    """Undo `_append` of the newest tokens, from a place on; `run` is the length before them."""
+    _, heads, previous = arrays
+    for back in range(1, num_tokens + 1):
+        place = first + num_tokens - back
+        for index, order in enumerate(ORDERS):
+            if run + num_tokens - back + 1 >= order:
+                bucket = _bucket(arrays.tokens, place, order, heads.shape[1])
+                heads[index, bucket] = previous[index, place]
 
 
 @jit

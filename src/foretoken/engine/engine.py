@@ -162,6 +162,11 @@ class Engine:
         for label in labels:
             if label not in self.drafters:
                 raise UnknownNameError("loaded drafter", label, self.drafters)
+        labels = tuple(
+            label
+            for label in labels
+            if self.drafters[label].serves(params, has_reference=bool(reference_ids))
+        )
         max_drafters = self.parts.verifier.max_drafters
         if max_drafters is not None and len(labels) > max_drafters and not params.is_greedy:
             raise RequestError(

@@ -2,33 +2,25 @@
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from typing import TypeVar
 
 import torch
 
-from foretoken.core.options import ComponentSpec
 from foretoken.core.params import SamplingParams
-from foretoken.drafters import DRAFTERS, prepare_drafter
-from foretoken.drafters.base import DrafterHost
-from foretoken.engine.engine import Engine, EngineConfig
-from foretoken.engine.fit import agree_on_draws, takes_copies_in_trees
-from foretoken.engine.names import resolve_drafters, resolve_model
+from foretoken.engine.build import EngineBuilder, check_count
+from foretoken.engine.engine import EngineConfig
+from foretoken.engine.names import resolve_model
 from foretoken.engine.output import RequestOutput, StreamChunk
 from foretoken.engine.request import Emission, FinishReason, Request
-from foretoken.engine.sizing import default_kv_cache_tokens
 from foretoken.errors import ConfigError, RequestError
 from foretoken.models.adapter import ModelInfo
-from foretoken.models.grammar import GrammarCompiler
 from foretoken.models.loading import load_model
 from foretoken.models.tokenizer import Tokenizer
-from foretoken.planner.plan import DEFAULT_MAX_NODES, Plan
-from foretoken.verifiers import VERIFIERS
+from foretoken.planner.plan import Plan
 
-T = TypeVar("T")
 Prompt = str | Sequence[int]
 
 
@@ -50,7 +42,9 @@ class LLM:
         drafters: "auto", "none", or specs such as "prompt-lookup" or
             "draft-model:path=DIR,max_depth=6"; the drafts of several are merged.
         verifier: Name of the acceptance rule.
-        max_nodes: Most draft tokens per request and step.
+        max_nodes: Most draft tokens per request and step; None is 8, or 32 if adaptive.
+        adaptive: Whether drafters and sizes are chosen anew as costs and acceptance change, down
+            to plain decoding; None says so for the drafters "auto" alone.
         dtype: "auto", "float32", "bfloat16", "float16" or "float64".
         device: "auto", "cpu", "cuda" or another torch device.
         threads: CPU threads of torch in this process; None leaves them.
@@ -70,7 +64,8 @@ class LLM:
         *,
         drafters: str | Sequence[str] = "auto",
         verifier: str = "coupled",
-        max_nodes: int = DEFAULT_MAX_NODES,
+        max_nodes: int | None = None,
+        adaptive: bool | None = None,
         dtype: str = "auto",
         device: str = "auto",
         threads: int | None = None,
@@ -79,49 +74,18 @@ class LLM:
         kv_cache_tokens: int | None = None,
     ) -> None:
         names = (drafters,) if isinstance(drafters, str) else tuple(drafters)
-        plan = Plan(drafters=names, verifier=verifier, max_nodes=max_nodes)
+        plan = Plan(drafters=names, verifier=verifier, max_nodes=max_nodes, adaptive=adaptive)
         config = EngineConfig(max_requests=max_requests, prefill_chunk=prefill_chunk)
         # Everything that can be wrong about the options is found before a model is loaded.
-        specs = resolve_drafters(plan.drafters, model)
-        verifier_class = VERIFIERS.load(plan.verifier)
-        forced = ComponentSpec("forced")  # what a request's grammar forces is free to draft
-        if specs and forced not in specs and takes_copies_in_trees(verifier_class):
-            specs = [*specs, forced]
-        builders = [(spec.name, prepare_drafter(spec)) for spec in specs]
-        agree_on_draws(
-            plan.verifier, verifier_class, {spec.name: DRAFTERS.load(spec.name) for spec in specs}
-        )
-        _check_count("threads", threads)
-        _check_count("kv_cache_tokens", kv_cache_tokens)
+        builder = EngineBuilder(model, plan, config, kv_cache_tokens)
+        check_count("threads", threads)
         if threads is not None:
             torch.set_num_threads(threads)
         path = resolve_model(model)
         target = load_model(path, dtype=dtype, device=device)
         self.info: ModelInfo = target.info
         self.tokenizer = Tokenizer.load(path)
-        num_tokens = kv_cache_tokens or default_kv_cache_tokens(
-            target.info, max_requests=max_requests, max_nodes=max_nodes
-        )
-        host = DrafterHost(
-            target=target,
-            tokenizer=self.tokenizer,
-            device=device,
-            dtype=dtype,
-            max_requests=max_requests,
-            kv_cache_tokens=num_tokens,
-        )
-        self.engine = Engine(
-            target,
-            target.new_cache(num_tokens),
-            {name: build(host) for name, build in _numbered(builders)},
-            verifier_class(),
-            plan,
-            decode=self.tokenizer.decode if self.tokenizer else None,
-            compile_grammar=GrammarCompiler(
-                self.tokenizer, target.info.vocab_size, target.info.eos_ids
-            ).compile,
-            config=config,
-        )
+        self.engine = builder.build(target, self.tokenizer, device=device, dtype=dtype)
         self._inboxes: dict[str, deque[Emission]] = {}
 
     def generate(
@@ -305,16 +269,6 @@ class LLM:
         return self.tokenizer.decode(token_ids) if self.tokenizer else ""
 
 
-def _numbered(items: Sequence[tuple[str, T]]) -> list[tuple[str, T]]:
-    """Number names that come again, `name#2`, so that both can be told apart."""
-    seen: Counter[str] = Counter()
-    numbered = []
-    for name, item in items:
-        seen[name] += 1
-        numbered.append((f"{name}#{seen[name]}" if seen[name] > 1 else name, item))
-    return numbered
-
-
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if isinstance(prompts, str):
         return [prompts]
@@ -348,11 +302,6 @@ def _references_per_prompt(
             hint="give one for all or one for each, an empty one where there is none",
         )
     return given
-
-
-def _check_count(name: str, value: int | None) -> None:
-    if value is not None and (not isinstance(value, int) or value < 1):
-        raise ConfigError(f"{name} is an integer >= 1; got {value!r}", hint=f"change {name}")
 
 
 __all__ = ["LLM", "RequestOutput", "StreamChunk"]

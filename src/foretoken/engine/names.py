@@ -11,6 +11,9 @@ from foretoken.core.options import ComponentSpec
 from foretoken.drafters import DRAFTERS
 from foretoken.errors import ConfigError, ModelError, UnknownNameError
 
+_AUTO = ("suffix", "token-recycling")
+_AUTO_BESIDE = ("suffix",)  # beside a draft model
+
 
 def resolve_model(model: str) -> str:
     """Return the path or hub id that a model name means.
@@ -33,8 +36,9 @@ def resolve_model(model: str) -> str:
 def resolve_drafters(names: Sequence[str], model: str) -> list[ComponentSpec]:
     """Return the drafter specs that names mean for a model; "none" means no drafter.
 
-    "auto" is the embedded draft for the embedded target, and prompt lookup for other models,
-    which needs no training.
+    "auto" is a draft model and past texts for the embedded target; for other models past texts
+    and the target's own rows, which need no training. The first of them serves alone where there
+    is no planner to choose.
 
     Raises:
         UnknownNameError: There is no such drafter.
@@ -50,8 +54,9 @@ def resolve_drafters(names: Sequence[str], model: str) -> list[ComponentSpec]:
     if tuple(names) == ("auto",):
         if model in EMBEDDED:
             pair = EMBEDDED[model]
-            return [ComponentSpec("draft-model", {"path": str(pair.draft), **pair.draft_options})]
-        return [ComponentSpec("prompt-lookup")]
+            options = {"path": str(pair.draft), **pair.draft_options}
+            return [ComponentSpec("draft-model", options), *map(ComponentSpec, _AUTO_BESIDE)]
+        return list(map(ComponentSpec, _AUTO))
     specs = [ComponentSpec.parse(name) for name in names]
     for spec in specs:
         if spec.name not in DRAFTERS:

@@ -41,6 +41,12 @@ class Work:
         return self.request.drafters
 
     @property
+    def temperature(self) -> float:
+        """Of its request's sampling; 0 if greedy."""
+        sampler = self.request.sampler
+        return 0.0 if sampler.is_greedy else sampler.temperature
+
+    @property
     def num_rows(self) -> int:
         """Rows of the pass without a draft."""
         return self.num_known
@@ -157,5 +163,5 @@ class Scheduler:
 
     def _num_blocks(self, request: Request) -> int:
         """Return the most blocks a request can hold: all its tokens and the largest draft."""
-        num_positions = request.max_tokens + self._plan.max_nodes + 1
+        num_positions = request.max_tokens + self._plan.node_limit + 1
         return -(-num_positions // BLOCK_SIZE)

@@ -23,8 +23,9 @@ from foretoken.engine.request import Emission
 from foretoken.engine.scheduler import Scheduler, Work
 from foretoken.errors import DrafterError, RequestError
 from foretoken.models.adapter import ForwardOutput, LanguageModel
-from foretoken.models.batch import RaggedBatch, Segment
+from foretoken.models.batch import RaggedBatch, RowStates, Segment
 from foretoken.models.cache import KVCache
+from foretoken.models.partial import CachedPast
 from foretoken.planner.base import Order, Planner, StepTimes
 from foretoken.verifiers.base import TargetRows, Verifier
 
@@ -66,13 +67,15 @@ def run_step(parts: StepParts) -> list[Emission]:
     orders = parts.planner.order(works)
     drafts = parts.planner.choose(works, propose(parts, works, orders, times))
     with parts.cache.speculate([work.sequence for work in works]) as cache:
+        states = _row_states(parts.drafters, works, drafts)
         batch = parts.target.batch(
-            cache, [_segment(w, d) for w, d in zip(works, drafts, strict=True)]
+            cache, [_segment(w, d, s) for w, d, s in zip(works, drafts, states, strict=True)]
         )
         rows, scored = _lay_out(batch, works, drafts)
         hidden_layers = _hidden_layers(parts.drafters, orders)
         before_s = perf_counter()
         output = parts.target.forward(batch, rows, hidden_layers=hidden_layers)
+        output.wait()  # verification would, and the pass is to be timed
         times.pass_s = perf_counter() - before_s
         verdicts = verify(parts.verifier, scored, output)
         cache.commit([(w.sequence, _kept(w, v)) for w, v in zip(works, verdicts, strict=True)])
@@ -80,7 +83,7 @@ def run_step(parts: StepParts) -> list[Emission]:
     emissions = emit(scored, verdicts, output)
     tell_drafters(parts.drafters, orders, scored, verdicts, output)
     times.total_s = perf_counter() - start_s
-    parts.planner.observe(works, verdicts, times)
+    parts.planner.observe(works, drafts, verdicts, times)
     return emissions
 
 
@@ -95,8 +98,7 @@ def propose(
             continue
         start_s = perf_counter()
         contexts = [
-            _context(works[index], orders[index][label], parts.draws[label], place)
-            for index in indices
+            _context(parts, works[index], label, orders[index][label], place) for index in indices
         ]
         drafts = drafter.propose(contexts)
         if len(drafts) != len(indices):
@@ -202,7 +204,9 @@ def _hidden_layers(drafters: Mapping[str, Drafter], orders: Sequence[Order]) -> 
     return sorted({layer for label in labels for layer in drafters[label].needs.hidden_layers})
 
 
-def _context(work: Work, budget: DraftBudget, siblings: SiblingDraw, place: int) -> DraftContext:
+def _context(
+    parts: StepParts, work: Work, label: str, budget: DraftBudget, place: int
+) -> DraftContext:
     request = work.request
     is_greedy = request.sampler.is_greedy  # then every rule takes the likeliest, and any draft
     return DraftContext(
@@ -210,8 +214,9 @@ def _context(work: Work, budget: DraftBudget, siblings: SiblingDraw, place: int)
         token_ids=request.token_ids,
         sampler=request.sampler,
         budget=budget,
-        siblings=SiblingDraw.DETERMINISTIC if is_greedy else siblings,
+        siblings=SiblingDraw.DETERMINISTIC if is_greedy else parts.draws[label],
         drafter_index=place,
+        past=CachedPast(parts.cache, work.sequence),
     )
 
 
@@ -257,14 +262,32 @@ def _violation(label: str, problem: str) -> DrafterError:
 # The last known token is the root, so tree node n is row num_known - 1 + n of the segment.
 
 
-def _segment(work: Work, draft: Draft) -> Segment:
+def _segment(work: Work, draft: Draft, states: RowStates | None) -> Segment:
     num_known, root = work.num_known, work.num_known - 1
     known = work.request.token_ids[work.start : work.start + num_known]
     return Segment(
         work.sequence,
         [*known, *draft.tree.token_ids[1:]] if work.budget is not None else known,
         [*range(-1, root), *(parent + root for parent in draft.tree.parents[1:])],
+        states,
     )
+
+
+def _row_states(
+    drafters: Mapping[str, Drafter], works: Sequence[Work], drafts: Sequence[Draft]
+) -> list[RowStates | None]:
+    """Return what the drafter that runs most of the target's layers knows of each work's rows."""
+    label = max(drafters, key=lambda label: drafters[label].needs.shared_layers, default=None)
+    if label is None or not drafters[label].needs.shared_layers:
+        return [None] * len(works)
+    return [
+        drafters[label].row_states(
+            work.request.request_id, range(work.start, work.start + work.num_known), draft
+        )
+        if work.budget is not None and label in work.request.drafters
+        else None
+        for work, draft in zip(works, drafts, strict=True)
+    ]
 
 
 def _num_rows(work: Work, draft: Draft) -> tuple[int, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from foretoken.core.verdict import Exactness
 from foretoken.models.batch import RaggedBatch, Segment
 from foretoken.models.cache import BLOCK_SIZE, KVCache, LayerShape
+from foretoken.models.partial import LayerSet, RemainingRows
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +26,11 @@ class ForwardOutput:
 
     logits: Tensor
     hidden: dict[int, Tensor]
+
+    def wait(self) -> None:
+        """Return when it has been computed; on CPU it has."""
+        if self.logits.device.type != "cpu":
+            torch.accelerator.synchronize(self.logits.device)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +79,39 @@ class ForwardPass(Protocol):
         """Run all rows; arguments and result as for `LanguageModel.forward`."""
         ...
 
+    def with_layers(self, layers: LayerSet, *, own_cache: bool) -> PartialPass:
+        """Return what runs some of the layers with the same weights.
+
+        Args:
+            layers: Those that run.
+            own_cache: Whether it is given caches of these layers only, or of the whole model.
+
+        Raises:
+            UnsupportedModelError: The architecture's layers cannot be left out like this.
+        """
+        ...
+
+
+class PartialPass(Protocol):
+    """Computes a pass through some of a model's layers, embedding and head included."""
+
+    def forward(
+        self,
+        batch: RaggedBatch,
+        rows: Sequence[int],
+        hidden_layers: Sequence[int],
+        states: Tensor | None = None,
+    ) -> ForwardOutput:
+        """Run all rows; otherwise as for `LanguageModel.forward`.
+
+        Args:
+            batch: As there.
+            rows: As there.
+            hidden_layers: As there; layers keep their numbers.
+            states: What the first layer that runs takes instead of the embedding, [R, D].
+        """
+        ...
+
 
 class LanguageModel:
     """A causal language model that scores ragged batches of token trees.
@@ -85,6 +124,30 @@ class LanguageModel:
     def __init__(self, info: ModelInfo, forward_pass: ForwardPass) -> None:
         self.info = info
         self._forward_pass = forward_pass
+        self._parts: dict[LayerSet, PartialPass] = {}  # what passes that go on with states run
+
+    def with_layers(self, layers: LayerSet) -> LayerView:
+        """Return a view that shares all weights and runs some of the layers.
+
+        Embedding, final norm and head are the model's own. With all layers, logits are the
+        model's own bit for bit.
+
+        Args:
+            layers: At least one attention among them.
+
+        Raises:
+            ValueError: The model has no such layers.
+            UnsupportedModelError: The architecture's layers cannot be left out like this.
+        """
+        num_layers = self.info.num_layers
+        if not layers.attention or layers.stop > num_layers:
+            raise ValueError(
+                f"a view runs at least one attention of the layers 0 to {num_layers - 1}; "
+                f"got {layers}"
+            )
+        kv_layers = tuple(self.info.kv_layers[layer] for layer in layers.attention)
+        info = replace(self.info, num_layers=len(kv_layers), kv_layers=kv_layers)
+        return LayerView(info, self._forward_pass.with_layers(layers, own_cache=True), layers)
 
     def new_cache(self, num_tokens: int) -> KVCache:
         """Return an empty cache with room for at least `num_tokens` positions in all."""
@@ -110,11 +173,68 @@ class LanguageModel:
         *,
         hidden_layers: Sequence[int] = (),
     ) -> ForwardOutput:
-        """Run one pass over all rows of a batch.
+        """Run one pass over all rows of a batch; layers whose result is known are not run again.
 
         Args:
             batch: Its keys and values are written into its cache.
             rows: Rows of the flat batch whose logits are wanted, in the order wanted.
-            hidden_layers: Layers whose output states are wanted; 0 is the embedding.
+            hidden_layers: Layers whose output states are wanted; 0 is the embedding. As in
+                transformers, those after the whole model's last layer are normalized.
         """
+        if any(segment.states is not None for segment in batch.segments):
+            remaining = RemainingRows(batch)
+            # States of layers before that are not known for all rows.
+            if min(hidden_layers, default=remaining.num_layers) >= remaining.num_layers:
+                return self._resume(batch, remaining, rows, hidden_layers)
         return self._forward_pass.forward(batch, rows, hidden_layers)
+
+    def _resume(
+        self,
+        batch: RaggedBatch,
+        remaining: RemainingRows,
+        rows: Sequence[int],
+        hidden_layers: Sequence[int],
+    ) -> ForwardOutput:
+        """Run the first layers for the remaining rows, then the others for all rows."""
+        num_layers = remaining.num_layers
+        states = remaining.known_states(batch)
+        if remaining.num_rows:
+            first = self._part(LayerSet.all(num_layers))
+            hidden = first.forward(remaining, [], [num_layers]).hidden[num_layers]
+            states[remaining.rows] = hidden
+        last = self._part(LayerSet.of(range(num_layers, self.info.num_layers)))
+        return last.forward(batch, rows, hidden_layers, states)
+
+    def _part(self, layers: LayerSet) -> PartialPass:
+        if layers not in self._parts:
+            self._parts[layers] = self._forward_pass.with_layers(layers, own_cache=False)
+        return self._parts[layers]
+
+
+class LayerView(LanguageModel):
+    """Some layers of a model, as a model of its own with its own cache; made by `with_layers`.
+
+    Args:
+        info: The model's, with the layers that have attention here.
+        partial_pass: How a pass is computed.
+        layers: What runs, in the model's numbers.
+    """
+
+    def __init__(self, info: ModelInfo, partial_pass: PartialPass, layers: LayerSet) -> None:
+        self.info = info
+        self.layers = layers
+        self._partial_pass = partial_pass
+
+    def with_layers(self, layers: LayerSet) -> LayerView:
+        """Refuse: views are made from the whole model.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(f"views are made from the whole model, not from its view {self.layers}")
+
+    def forward(
+        self, batch: RaggedBatch, rows: Sequence[int], *, hidden_layers: Sequence[int] = ()
+    ) -> ForwardOutput:
+        """Run one pass over all rows of a batch; hidden layers keep the whole model's numbers."""
+        return self._partial_pass.forward(batch, rows, hidden_layers)

@@ -15,6 +15,25 @@ from foretoken.models.cache import CachedSequence, KVCache
 from foretoken.models.layout import Layout, unpack
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class RowStates:
+    """What some rows of a segment have behind them: the first layers, run by a view of the model.
+
+    Args:
+        num_layers: How many layers.
+        rows: Indices in the segment, ascending; the parent of each is cached, staged or known too.
+        hidden: Their states after these layers, [K, D], as the model itself would compute them.
+        cache: Where the keys and values of these layers are, in order.
+        slots: In it, of each row, [K] int64.
+    """
+
+    num_layers: int
+    rows: Sequence[int]
+    hidden: Tensor
+    cache: KVCache
+    slots: np.ndarray
+
+
 @dataclass(frozen=True, slots=True)
 class Segment:
     """New nodes of one sequence: a prompt chunk, a token tree, or one after the other.
@@ -24,11 +43,13 @@ class Segment:
         token_ids: One per node.
         parents: For each node its parent's index among all staged nodes of the sequence, those
             of earlier passes included; -1 hangs it on the last cached position.
+        states: What is known of some of the rows, if anything; they are not computed again.
     """
 
     sequence: CachedSequence
     token_ids: Sequence[int]
     parents: Sequence[int]
+    states: RowStates | None = None
 
 
 class RaggedBatch:

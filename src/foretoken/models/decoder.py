@@ -9,6 +9,7 @@ transformers.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -25,6 +26,7 @@ from foretoken.models.decoder_kernels import (
     run_pass,
 )
 from foretoken.models.kernels import padded
+from foretoken.models.partial import LayerSet
 from foretoken.models.products import PANEL
 from foretoken.models.threads import entry_point, run_together
 
@@ -58,6 +60,15 @@ class RotaryTable:
         return self._table
 
 
+def _plan(layers: LayerSet, num_layers: int, *, own_cache: bool) -> np.ndarray:
+    """Return which parts of each layer run, and where keys and values lie; see `run_pass`."""
+    plan = np.zeros((num_layers, 2), np.int64)
+    plan[:, 0] = -1
+    plan[list(layers.attention), 0] = layers.cache_indices(own_cache=own_cache)
+    plan[list(layers.mlp), 1] = 1
+    return plan
+
+
 class CompiledDecoder:
     """A plain decoder that scores ragged batches of token trees on CPU.
 
@@ -73,16 +84,31 @@ class CompiledDecoder:
         self._rotary = rotary
         self._bytes: int = sum(array.nbytes for array in weights)
         self._num_layers = len(weights.windows)
+        self._plan = _plan(LayerSet.all(self._num_layers), self._num_layers, own_cache=True)
         self._no_hidden = (
             np.full(self._num_layers + 1, -1),
             np.empty((0, 0, shape.hidden), np.float32),
         )
+        self._no_states = np.empty((0, shape.hidden), np.float32)
         self._buffers: tuple[np.ndarray, ...] = ()
         self._num_buffered = 0
         self._run_pass: Callable[..., None] | None = None  # for the types of these weights
 
+    def with_layers(self, layers: LayerSet, *, own_cache: bool) -> CompiledDecoder:
+        """Return a decoder that runs some of the layers; arguments as for `ForwardPass`."""
+        view = copy.copy(self)
+        view._plan = _plan(layers, self._num_layers, own_cache=own_cache)
+        num_parts = len(layers.attention) + len(layers.mlp)
+        view._bytes = self._bytes * num_parts // (2 * self._num_layers)  # only chooses threads
+        view._buffers, view._num_buffered = (), 0
+        return view
+
     def forward(
-        self, batch: RaggedBatch, rows: Sequence[int], hidden_layers: Sequence[int]
+        self,
+        batch: RaggedBatch,
+        rows: Sequence[int],
+        hidden_layers: Sequence[int],
+        states: Tensor | None = None,
     ) -> ForwardOutput:
         """Run one pass; logits and hidden states are float32."""
         vocab_size = self._shape.vocab
@@ -94,7 +120,10 @@ class CompiledDecoder:
         arguments = (
             self._shape,
             self._weights,
+            self._plan,
+            len(keys) // len(batch.cache.keys),
             batch.packed,
+            self._no_states if states is None else states.contiguous().numpy(),
             np.array(rows, np.int64),
             keys,
             values,

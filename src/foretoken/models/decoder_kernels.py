@@ -68,8 +68,9 @@ def _normalize(x, stride, num_rows, hidden, weight, layer, epsilon, out):
 
 @jit
 def _attend_heads(
-    shape, weights, layout, layer, segment, head, qkv, qkv_stride, keys, values, rotary, out
-):
+    shape, weights, layout, layer, at_layer, segment, head, qkv, qkv_stride, keys, values, rotary,
+    out,
+):  # fmt: skip
     """Normalize, rotate and store keys and values of one key head; attend for its queries."""
     dim, half = shape.head_dim, shape.rotary_half
     group = shape.heads // shape.kv_heads
@@ -80,7 +81,7 @@ def _attend_heads(
     key_offset = (shape.heads + head) * dim
     value_offset = (shape.heads + shape.kv_heads + head) * dim
     row_size = shape.kv_heads * dim
-    base = layer * (len(keys) // len(weights.windows)) + head * dim
+    base = at_layer + head * dim
     for row in range(first, last):
         rotation = layout.positions[row] * 2 * half
         at = row * qkv_stride + key_offset
@@ -140,10 +141,107 @@ def _copy_rows(x, stride, out):
 
 
 @jit
+def _add_attention(
+    shape, weights, layout, layer, at_layer, keys, values, rotary, buffers, normed, state, counter,
+    arrivals, num_threads,
+):  # fmt: skip
+    """Add one layer's attention to the residual stream; return the counter and the arrivals."""
+    x, qkv, mixed, projected = buffers[:4]
+    num_rows, num_segments = len(layout.token_ids), len(layout.num_cached)
+    hidden, depth = shape.hidden, kernels.round_up(shape.hidden, 2)
+    stride = kernels.round_up(hidden, PANEL)
+    q_size = shape.heads * shape.head_dim
+    qkv_stride = kernels.round_up(q_size + 2 * shape.kv_heads * shape.head_dim, PANEL)
+
+    _normalize(x, stride, num_rows, hidden, weights.input_norm, layer, shape.epsilon, normed)
+    counter += 1
+    base, num_panels = layer * qkv_stride * depth, qkv_stride // PANEL
+    step = kernels.panels_per_task(num_rows, num_panels)
+    panel = threads.claim(state, counter) * step
+    while panel < num_panels:
+        stop, following = min(panel + step, num_panels), threads.claim(state, counter) * step
+        kernels.multiply(
+            normed, stride, num_rows, weights.qkv, base, panel, stop, following, depth, qkv,
+            qkv_stride,
+        )  # fmt: skip
+        if len(weights.qkv_bias):
+            for row in range(num_rows):
+                for i in range(panel * PANEL, stop * PANEL):
+                    qkv[row * qkv_stride + i] += weights.qkv_bias[layer * qkv_stride + i]
+        panel = following
+    arrivals += num_threads
+    threads.meet(state, arrivals)
+
+    counter += 1
+    task = threads.claim(state, counter)
+    while task < num_segments * shape.kv_heads:
+        segment, head = divmod(task, shape.kv_heads)
+        _attend_heads(
+            shape, weights, layout, layer, at_layer, segment, head, qkv, qkv_stride, keys, values,
+            rotary, mixed,
+        )  # fmt: skip
+        task = threads.claim(state, counter)
+    arrivals += num_threads
+    threads.meet(state, arrivals)
+
+    counter += 1
+    _project_and_add(
+        mixed, q_size, num_rows, weights.output, layer, kernels.round_up(q_size, 2), projected, x,
+        stride, state, counter,
+    )  # fmt: skip
+    arrivals += num_threads
+    threads.meet(state, arrivals)
+    return counter, arrivals
+
+
+@jit
+def _add_mlp(
+    shape, weights, layer, num_rows, buffers, normed, state, counter, arrivals, num_threads
+):
+    """Add one layer's feed-forward part to the residual stream; return the same."""
+    x, _, _, projected, gate_up, activated = buffers
+    hidden, depth = shape.hidden, kernels.round_up(shape.hidden, 2)
+    stride = kernels.round_up(hidden, PANEL)
+    inner = kernels.round_up(shape.intermediate, LANES)
+
+    _normalize(x, stride, num_rows, hidden, weights.post_norm, layer, shape.epsilon, normed)
+    counter += 1
+    base, num_panels = layer * 2 * inner * depth, 2 * inner // PANEL
+    step = kernels.panels_per_task(num_rows, num_panels)
+    panel = threads.claim(state, counter) * step
+    while panel < num_panels:
+        stop, following = min(panel + step, num_panels), threads.claim(state, counter) * step
+        kernels.multiply(
+            normed, stride, num_rows, weights.gate_up, base, panel, stop, following, depth,
+            gate_up, 2 * inner,
+        )  # fmt: skip
+        for row in range(num_rows):
+            for half in range(panel, stop):  # 16 columns of gate, then 16 of up
+                at = row * 2 * inner + half * PANEL
+                to = row * inner + half * LANES
+                kernels.silu_times(gate_up, at, gate_up, at + LANES, activated, to)
+        panel = following
+    arrivals += num_threads
+    threads.meet(state, arrivals)
+
+    counter += 1
+    _project_and_add(
+        activated, inner, num_rows, weights.down, layer, kernels.round_up(shape.intermediate, 2),
+        projected, x, stride, state, counter,
+    )  # fmt: skip
+    arrivals += num_threads
+    threads.meet(state, arrivals)
+    return counter, arrivals
+
+
+@jit
 def run_pass(
     shape,
     weights,
+    plan,
+    layer_size,
     packed_layout,
+    initial,
     wanted,
     keys,
     values,
@@ -155,14 +253,18 @@ def run_pass(
     state,
     num_threads,
 ):
-    """Run all layers; every thread calls this once with the same arguments.
+    """Run the layers of a plan; every thread calls this once with the same arguments.
 
     Args:
         shape: Sizes of the model.
         weights: Its parameters, matrices packed, layer after layer.
+        plan: For each layer where its attention lies in the cache, -1 to leave it out, and
+            whether its feed-forward part runs, [L, 2].
+        layer_size: Numbers that one layer has in `keys`, and in `values`.
         packed_layout: The rows of the batch, for `unpack`.
+        initial: States of the rows to begin with, [R, hidden]; no rows for the embedding.
         wanted: Rows whose logits are wanted, [W].
-        keys: Flat [L, slots, kv_heads, head_dim].
+        keys: Flat [layers of the cache, slots, kv_heads, head_dim].
         values: The same.
         rotary: Flat [positions, 2 * rotary_half].
         buffers: The residual stream and what the parts of a layer hand on: flat, padded rows.
@@ -173,122 +275,37 @@ def run_pass(
         state: Zeros that all threads share: the barrier, then a counter for each part.
         num_threads: Threads that make this call.
     """
-    x, qkv, mixed, projected, gate_up, activated = buffers
+    x = buffers[0]
     layout = unpack_compiled(packed_layout)
     num_rows, num_layers = len(layout.token_ids), len(weights.windows)
-    num_segments = len(layout.num_cached)
     hidden, depth = shape.hidden, kernels.round_up(shape.hidden, 2)
     stride = kernels.round_up(hidden, PANEL)
-    q_size = shape.heads * shape.head_dim
-    qkv_stride = kernels.round_up(q_size + 2 * shape.kv_heads * shape.head_dim, PANEL)
-    inner = kernels.round_up(shape.intermediate, LANES)
     # Each thread has its own, so that nobody waits; of the type of the matrices, padding zero.
     normed = np.zeros(num_rows * stride, weights.head.dtype)
     counter, arrivals = 1, num_threads
     if threads.claim(state, counter) == 0:
         for row in range(num_rows):
-            at = layout.token_ids[row] * hidden
-            kernels.copy_row(weights.embedding, at, hidden, x, row * stride)
+            if len(initial):
+                kernels.copy_row(initial.reshape(-1), row * hidden, hidden, x, row * stride)
+            else:
+                at = layout.token_ids[row] * hidden
+                kernels.copy_row(weights.embedding, at, hidden, x, row * stride)
     threads.meet(state, arrivals)
 
     for layer in range(num_layers):
         counter += 1
         if hidden_index[layer] >= 0 and threads.claim(state, counter) == 0:
             _copy_rows(x, stride, states[hidden_index[layer]])
-        _normalize(x, stride, num_rows, hidden, weights.input_norm, layer, shape.epsilon, normed)
-        counter += 1
-        base, num_panels = layer * qkv_stride * depth, qkv_stride // PANEL
-        step = kernels.panels_per_task(num_rows, num_panels)
-        panel = threads.claim(state, counter) * step
-        while panel < num_panels:
-            stop, following = min(panel + step, num_panels), threads.claim(state, counter) * step
-            kernels.multiply(
-                normed, stride, num_rows, weights.qkv, base, panel, stop, following, depth, qkv,
-                qkv_stride,
+        if plan[layer, 0] >= 0:
+            counter, arrivals = _add_attention(
+                shape, weights, layout, layer, plan[layer, 0] * layer_size, keys, values, rotary,
+                buffers, normed, state, counter, arrivals, num_threads,
             )  # fmt: skip
-            if len(weights.qkv_bias):
-                for row in range(num_rows):
-                    for i in range(panel * PANEL, stop * PANEL):
-                        qkv[row * qkv_stride + i] += weights.qkv_bias[layer * qkv_stride + i]
-            panel = following
-        arrivals += num_threads
-        threads.meet(state, arrivals)
-
-        counter += 1
-        task = threads.claim(state, counter)
-        while task < num_segments * shape.kv_heads:
-            segment, head = divmod(task, shape.kv_heads)
-            _attend_heads(
-                shape,
-                weights,
-                layout,
-                layer,
-                segment,
-                head,
-                qkv,
-                qkv_stride,
-                keys,
-                values,
-                rotary,
-                mixed,
-            )
-            task = threads.claim(state, counter)
-        arrivals += num_threads
-        threads.meet(state, arrivals)
-
-        counter += 1
-        _project_and_add(
-            mixed,
-            q_size,
-            num_rows,
-            weights.output,
-            layer,
-            kernels.round_up(q_size, 2),
-            projected,
-            x,
-            stride,
-            state,
-            counter,
-        )
-        arrivals += num_threads
-        threads.meet(state, arrivals)
-
-        _normalize(x, stride, num_rows, hidden, weights.post_norm, layer, shape.epsilon, normed)
-        counter += 1
-        base, num_panels = layer * 2 * inner * depth, 2 * inner // PANEL
-        step = kernels.panels_per_task(num_rows, num_panels)
-        panel = threads.claim(state, counter) * step
-        while panel < num_panels:
-            stop, following = min(panel + step, num_panels), threads.claim(state, counter) * step
-            kernels.multiply(
-                normed, stride, num_rows, weights.gate_up, base, panel, stop, following, depth,
-                gate_up, 2 * inner,
+        if plan[layer, 1]:
+            counter, arrivals = _add_mlp(
+                shape, weights, layer, num_rows, buffers, normed, state, counter, arrivals,
+                num_threads,
             )  # fmt: skip
-            for row in range(num_rows):
-                for half in range(panel, stop):  # 16 columns of gate, then 16 of up
-                    at = row * 2 * inner + half * PANEL
-                    to = row * inner + half * LANES
-                    kernels.silu_times(gate_up, at, gate_up, at + LANES, activated, to)
-            panel = following
-        arrivals += num_threads
-        threads.meet(state, arrivals)
-
-        counter += 1
-        _project_and_add(
-            activated,
-            inner,
-            num_rows,
-            weights.down,
-            layer,
-            kernels.round_up(shape.intermediate, 2),
-            projected,
-            x,
-            stride,
-            state,
-            counter,
-        )
-        arrivals += num_threads
-        threads.meet(state, arrivals)
 
     if hidden_index[num_layers] >= 0:  # as in transformers, the last states are normalized
         last = states[hidden_index[num_layers]]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -40,13 +40,76 @@ def count_parameters(directory: Path) -> int:
     return total
 
 
+class TensorSource(Protocol):
+    """Where a model's tensors come from.
+
+    Attributes:
+        name: What it is, for messages.
+    """
+
+    name: str
+
+    def __contains__(self, name: object) -> bool: ...
+
+    def read(self, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+        """Yield tensors that it has, with their names, in any order."""
+        ...
+
+
+class TensorFiles:
+    """The tensors of a checkpoint.
+
+    Files are opened anew for every reading: a mapped file's pages count as this process's memory
+    until it is closed.
+
+    Args:
+        directory: Where the safetensors files are.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.name = str(directory)
+        self._file_of = _files(directory)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._file_of
+
+    def read(self, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+        """Yield tensors file by file."""
+        for file in sorted({self._file_of[name] for name in names}):
+            with safe_open(file, framework="pt") as tensors:
+                for name in names:
+                    if self._file_of[name] == file:
+                        yield name, tensors.get_tensor(name)
+
+
+class HeldTensors:
+    """Tensors that are in memory; what is made of them may share it.
+
+    Args:
+        name: What they are, for messages.
+        tensors: By their names in a checkpoint.
+    """
+
+    def __init__(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        self.name = name
+        self._tensors = tensors
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
+
+    def read(self, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+        """Yield tensors as they are asked for."""
+        for name in names:
+            yield name, self._tensors[name].detach()
+
+
 def load_decoder(
-    directory: Path, config: Any, dtype: torch.dtype
+    source: TensorSource, config: Any, dtype: torch.dtype
 ) -> tuple[CompiledDecoder, tuple[LayerShape, ...], int]:
     """Read a checkpoint into a compiled decoder.
 
     Args:
-        directory: Where the safetensors files are.
+        source: Its tensors.
         config: One for which `is_plain_decoder` holds.
         dtype: Of the matrices and of the KV cache, one of `DTYPES`.
 
@@ -56,7 +119,7 @@ def load_decoder(
     Raises:
         ModelError: Tensors are missing, have the wrong shape or hold numbers that are not finite.
     """
-    reader = _Reader(directory, dtype)
+    reader = _Reader(source, dtype)
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     shape = Shape(
@@ -77,41 +140,29 @@ def load_decoder(
 
 
 class _Reader:
-    """Reads tensors by name and checks them.
+    """Reads tensors by name and checks them."""
 
-    Files are opened anew for every layer: a mapped file's pages count as this process's memory
-    until it is closed.
-    """
-
-    def __init__(self, directory: Path, dtype: torch.dtype) -> None:
-        self._directory = directory
+    def __init__(self, source: TensorSource, dtype: torch.dtype) -> None:
+        self._source = source
         self._dtype = dtype
-        self._file_of = _files(directory)
         self.num_parameters = 0
-
-    def has(self, name: str) -> bool:
-        """Whether the checkpoint holds a tensor of this name."""
-        return name in self._file_of
 
     def read(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
         """Return tensors as float32, or bfloat16 as uint16; vectors always as float32."""
-        missing = sorted(name for name in shapes if name not in self._file_of)
+        missing = sorted(name for name in shapes if name not in self._source)
         if missing:
             raise ModelError(
-                f"the weights of {str(self._directory)!r} lack {len(missing)} tensors, the first "
+                f"the weights of {self._source.name!r} lack {len(missing)} tensors, the first "
                 f"is {missing[0]!r}",
                 hint="check that config.json and the weights are of one model, and complete",
             )
-        found = {}
-        for file in sorted({self._file_of[name] for name in shapes}):
-            with safe_open(file, framework="pt") as tensors:
-                for name in shapes:
-                    if self._file_of[name] == file:
-                        found[name] = self._checked(name, tensors.get_tensor(name), shapes[name])
-        return found
+        return {
+            name: self._checked(name, tensor, shapes[name])
+            for name, tensor in self._source.read(shapes)
+        }
 
     def _checked(self, name: str, tensor: Tensor, shape: tuple[int, ...]) -> np.ndarray:
-        where = f"the tensor {name!r} of {str(self._directory)!r}"
+        where = f"the tensor {name!r} of {self._source.name!r}"
         if tuple(tensor.shape) != shape:
             raise ModelError(
                 f"{where} has the mismatched shape {tuple(tensor.shape)}; "

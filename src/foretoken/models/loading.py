@@ -15,6 +15,7 @@ from foretoken.models.adapter import LanguageModel, ModelInfo
 from foretoken.models.decoder_config import is_plain_decoder, read_plain_config
 from foretoken.models.decoder_loading import DTYPES as COMPILED_DTYPES
 from foretoken.models.decoder_loading import (
+    TensorFiles,
     count_parameters,
     has_safetensors,
     load_decoder,
@@ -71,7 +72,7 @@ def _load_compiled(path: str, config: Any, wanted: str) -> LanguageModel | None:
     dtype = _compiled_dtype(directory, config, wanted)
     if dtype is None:
         return None
-    decoder, kv_layers, num_parameters = load_decoder(directory, config, dtype)
+    decoder, kv_layers, num_parameters = load_decoder(TensorFiles(directory), config, dtype)
     info = ModelInfo(
         name=path,
         vocab_size=config.vocab_size,

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from foretoken.errors import UnsupportedModelError
-from foretoken.models.adapter import ForwardOutput
+from foretoken.models.adapter import ForwardOutput, PartialPass
 from foretoken.models.attention import (
     BATCH_KEYWORD,
     DECODER_HINT,
@@ -19,6 +19,8 @@ from foretoken.models.attention import (
 )
 from foretoken.models.batch import RaggedBatch
 from foretoken.models.cache import LayerShape
+from foretoken.models.module_view import ModuleView
+from foretoken.models.partial import LayerSet
 
 
 class ModulePass:
@@ -38,7 +40,18 @@ class ModulePass:
 
     def __init__(self, module: PreTrainedModel, name: str) -> None:
         self._module = module.eval().requires_grad_(False)
+        self._name = name
+        self._has_parts = False  # whether parts of layers are known to be separable
         self.kv_layers, self.vocab_size = _probe(module, name)
+
+    def with_layers(self, layers: LayerSet, *, own_cache: bool) -> PartialPass:
+        """Return what runs some of the layers; arguments and errors as for `ForwardPass`."""
+        if not layers.is_whole_layers and not self._has_parts:
+            everything = tuple(range(len(self.kv_layers)))
+            for parts in (LayerSet(everything, ()), LayerSet((), everything)):
+                ModuleView(self._module, self._name, parts, own_cache=True).check(_Probe())
+            self._has_parts = True
+        return ModuleView(self._module, self._name, layers, own_cache=own_cache)
 
     @torch.inference_mode()
     def forward(

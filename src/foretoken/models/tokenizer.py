@@ -64,6 +64,11 @@ class Tokenizer:
         return getattr(self._tokenizer, "backend_tokenizer", None)
 
     @property
+    def chat_template(self) -> str | None:
+        """How conversations are written, as a Jinja template; None if nothing is said."""
+        return getattr(self._tokenizer, "chat_template", None)
+
+    @property
     def vocabulary(self) -> dict[str, int]:
         """Every token text and its id."""
         return dict(self._tokenizer.get_vocab())

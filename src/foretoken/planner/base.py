@@ -32,6 +32,11 @@ class Share(Protocol):
         ...
 
     @property
+    def temperature(self) -> float:
+        """Of its sampling; 0 if greedy."""
+        ...
+
+    @property
     def num_rows(self) -> int:
         """Rows of the pass that it takes in any case: the root, or a part of the prompt."""
         ...
@@ -69,9 +74,13 @@ class Planner(Protocol):
         ...
 
     def observe(
-        self, shares: Sequence[Share], verdicts: Sequence[Verdict | None], times: StepTimes
+        self,
+        shares: Sequence[Share],
+        scored: Sequence[Draft],
+        verdicts: Sequence[Verdict | None],
+        times: StepTimes,
     ) -> None:
-        """Learn from a step: what was kept of the drafts last chosen from, and what it took."""
+        """Learn from a step: what was kept of the drafts that were scored, and what it took."""
         ...
 
     def forget(self, request_id: str) -> None:
@@ -96,7 +105,11 @@ class FixedPlanner(Planner):
         return list(drafts)
 
     def observe(
-        self, shares: Sequence[Share], verdicts: Sequence[Verdict | None], times: StepTimes
+        self,
+        shares: Sequence[Share],
+        scored: Sequence[Draft],
+        verdicts: Sequence[Verdict | None],
+        times: StepTimes,
     ) -> None:
         """Learn nothing."""
 

@@ -13,6 +13,8 @@ from foretoken.core.draft import DraftBudget
 from foretoken.errors import ConfigError, UnknownNameError
 
 DEFAULT_MAX_NODES = 8
+ADAPTIVE_MAX_NODES = 32
+AUTO = ("auto",)  # drafters, when Foretoken chooses
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,12 +25,16 @@ class Plan:
         drafters: Specs such as `prompt-lookup` or `draft-model:path=DIR`; "auto" alone lets
             Foretoken choose, "none" is plain decoding.
         verifier: Name of the acceptance rule.
-        max_nodes: Most draft tokens per request and step; 0 is plain decoding.
+        max_nodes: Most draft tokens per request and step; 0 is plain decoding. None is 8, or 32
+            with an adaptive plan, which seldom uses them all.
+        adaptive: Whether drafters and sizes are chosen anew as costs and acceptance change, down
+            to plain decoding; None says so for the drafters "auto" alone.
     """
 
-    drafters: tuple[str, ...] = ("auto",)
+    drafters: tuple[str, ...] = AUTO
     verifier: str = "coupled"
-    max_nodes: int = DEFAULT_MAX_NODES
+    max_nodes: int | None = None
+    adaptive: bool | None = None
 
     def __post_init__(self) -> None:
         is_list = isinstance(self.drafters, (list, tuple))
@@ -43,10 +49,27 @@ class Plan:
                 f"a plan's verifier is a name; got {self.verifier!r}", hint='write "coupled"'
             )
         is_count = isinstance(self.max_nodes, int) and not isinstance(self.max_nodes, bool)
-        if not is_count or self.max_nodes < 0:
+        if self.max_nodes is not None and (not is_count or self.max_nodes < 0):
             raise ConfigError(
                 f"max_nodes is an integer >= 0; got {self.max_nodes!r}", hint="change max_nodes"
             )
+        if self.adaptive is not None and not isinstance(self.adaptive, bool):
+            raise ConfigError(
+                f"adaptive is true, false or nothing; got {self.adaptive!r}",
+                hint="change adaptive",
+            )
+
+    @property
+    def is_adaptive(self) -> bool:
+        """Whether drafters and sizes are chosen anew as costs and acceptance change."""
+        return self.drafters == AUTO if self.adaptive is None else self.adaptive
+
+    @property
+    def node_limit(self) -> int:
+        """Most draft tokens per request and step."""
+        if self.max_nodes is not None:
+            return self.max_nodes
+        return ADAPTIVE_MAX_NODES if self.is_adaptive else DEFAULT_MAX_NODES
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Plan:
@@ -98,5 +121,5 @@ class Plan:
             max_width: Most children of a node that the verifier takes.
         """
         return DraftBudget(
-            max_nodes=self.max_nodes, max_depth=max(0, num_wanted - 1), max_width=max_width
+            max_nodes=self.node_limit, max_depth=max(0, num_wanted - 1), max_width=max_width
         )

@@ -31,12 +31,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from foretoken.core.progress import OnProgress, Progress, silent
 from foretoken.errors import ConfigError
 from foretoken.models.trainable import TrainableModel, load_trainable, save_trainable
 from foretoken.training.corpus import Example
 from foretoken.training.folder import RunFolder, write_json
 from foretoken.training.loop import LoopConfig, ShuffledBatches, train
-from foretoken.training.progress import OnProgress, Progress, silent
 
 RECORD_FILE = "training_record.json"
 IGNORED = -100  # a label that the loss leaves out

@@ -12,6 +12,7 @@ from typing import Any
 
 from foretoken.assets import EMBEDDED
 from foretoken.core.params import SamplingParams
+from foretoken.core.progress import OnProgress, silent
 from foretoken.engine.llm import LLM, Prompt
 from foretoken.engine.names import resolve_model
 from foretoken.errors import ConfigError, ModelError, VocabularyMismatchError
@@ -28,7 +29,6 @@ from foretoken.training.corpus import (
 )
 from foretoken.training.folder import RunFolder, fingerprint, write_json
 from foretoken.training.pools import HeldOut, PoolCounts, PoolMeter, difference, ratio
-from foretoken.training.progress import OnProgress, silent
 
 REPORT_FILE = "report.json"
 REPORT_FORMAT = 1

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from foretoken.core.params import SamplingParams
+from foretoken.core.progress import OnProgress, Progress, silent
 from foretoken.engine.llm import LLM
 from foretoken.errors import ConfigError
-from foretoken.training.progress import OnProgress, Progress, silent
 
 _SEED_STRIDE = 1_000_003
 # How far, and how freely, the target goes on with a prompt that becomes a new one. The further and

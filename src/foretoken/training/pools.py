@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from foretoken.core.params import SamplingParams
+from foretoken.core.progress import OnProgress, Progress, silent
 from foretoken.core.verdict import Exactness
 from foretoken.engine.llm import LLM
 from foretoken.errors import ForetokenError
 from foretoken.models.trainable import load_trainable
 from foretoken.training.boost import choice_ranks, window_hits
 from foretoken.training.corpus import Example
-from foretoken.training.progress import OnProgress, Progress, silent
 
 NUM_RESAMPLES = 2000
 STAGE = "measuring"

@@ -46,6 +46,9 @@ class Verifier(Protocol):
         max_width: Most children of a node; None for any number.
         max_drafters: Most drafters whose drafts may be merged for a sampled request; None for any
             number. Siblings that several sampled need a rule that can test one q after another.
+
+    A class may also say, for `foretoken methods`, its acceptance `criterion` in a few words, and as
+    `reference` the paper or work it follows.
     """
 
     exactness: ClassVar[Exactness]

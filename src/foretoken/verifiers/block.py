@@ -25,6 +25,8 @@ class BlockVerifier(ProbabilisticVerifier):
     """
 
     name: ClassVar[str] = "block"
+    criterion: ClassVar[str] = "rejection sampling, whole chains"
+    reference: ClassVar[str] = "Sun et al., arXiv:2403.10444, Algorithm 2"
     draws: ClassVar[tuple[SiblingDraw, ...]] = (
         SiblingDraw.IID,
         SiblingDraw.WITHOUT_REPLACEMENT,

@@ -20,6 +20,8 @@ class CoupledVerifier:
     With temperature 0 this is greedy verification (SpecInfer, arXiv:2305.09781, VerifyGreedy).
     """
 
+    criterion: ClassVar[str] = "the target's own choice, sampled or greedy"
+    reference: ClassVar[str] = "SpecInfer, arXiv:2305.09781, VerifyGreedy; here for sampling too"
     exactness: ClassVar[Exactness] = Exactness.BITWISE
     draws: ClassVar[tuple[SiblingDraw, ...]] = (
         SiblingDraw.COUPLED,

@@ -7,14 +7,13 @@ from typing import ClassVar
 import numpy as np
 
 from foretoken.core.draft import Draft, SiblingDraw
-from foretoken.core.tree import ROOT
 from foretoken.verifiers.dice import Dice, Probs, excess, ratio
-from foretoken.verifiers.probabilistic import Decision, ProbabilisticVerifier, TargetProbs
+from foretoken.verifiers.probabilistic import NodewiseVerifier
 
 NUM_BISECTIONS = 20  # rho is then at most a millionth of its range larger than it need be
 
 
-class KSeqVerifier(ProbabilisticVerifier):
+class KSeqVerifier(NodewiseVerifier):
     """Accepts each of k independent draws by one test, the same for all of them.
 
     With b = sum of min(q, p / rho), the probability that one draw passes, each draw x passes with
@@ -28,17 +27,10 @@ class KSeqVerifier(ProbabilisticVerifier):
     """
 
     name: ClassVar[str] = "k-seq"
+    criterion: ClassVar[str] = "rejection sampling, one test for all siblings"
+    reference: ClassVar[str] = "SpecTr, arXiv:2310.15141, Algorithm 3"
     draws: ClassVar[tuple[SiblingDraw, ...]] = (SiblingDraw.IID,)
     max_drafters: ClassVar[int | None] = 1
-
-    def decide(self, draft: Draft, target_probs: TargetProbs, dice: Dice) -> Decision:
-        """Descend until no draw passes."""
-        node = ROOT
-        while True:
-            child, rest = self._test_draws(draft, node, target_probs(node), dice)
-            if child is None:
-                return Decision(node, dice.draw(rest))
-            node = child
 
     @staticmethod
     def _test_draws(

@@ -20,4 +20,6 @@ class MultiStepVerifier(RecursiveRejectionVerifier):
     """
 
     name: ClassVar[str] = "mss"
+    criterion: ClassVar[str] = "rejection sampling, sibling by sibling"
+    reference: ClassVar[str] = "SpecInfer, arXiv:2305.09781, Algorithm 2"
     draws: ClassVar[tuple[SiblingDraw, ...]] = (SiblingDraw.IID,)

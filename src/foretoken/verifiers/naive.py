@@ -22,6 +22,8 @@ class NaiveVerifier(ProbabilisticVerifier):
     """
 
     name: ClassVar[str] = "naive"
+    criterion: ClassVar[str] = "a fresh sample of the target"
+    reference: ClassVar[str] = "SpecInfer, arXiv:2305.09781, section 4.3"
     draws: ClassVar[tuple[SiblingDraw, ...]] = (
         SiblingDraw.DETERMINISTIC,
         SiblingDraw.WITHOUT_REPLACEMENT,

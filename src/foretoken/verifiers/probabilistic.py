@@ -9,7 +9,7 @@ from typing import ClassVar, NamedTuple
 from foretoken.core.draft import Draft, Draws, SiblingDraw
 from foretoken.core.noise import Stream
 from foretoken.core.sampling import Sampler
-from foretoken.core.tree import TokenTree
+from foretoken.core.tree import ROOT, TokenTree
 from foretoken.core.verdict import Exactness, FinalKind, Verdict
 from foretoken.errors import RequestError
 from foretoken.verifiers.base import TargetRows
@@ -132,6 +132,30 @@ class ProbabilisticVerifier(ABC):
             f"verifier {self.name!r} takes {allowed}; got {got}",
             hint="use the verifier coupled, which takes every draft, or another drafter",
         )
+
+
+class NodewiseVerifier(ProbabilisticVerifier):
+    """Base of rules that settle one node after the other, from the root down.
+
+    What happens at a node depends on the target's distribution there and on the draws that made
+    its children, on nothing deeper.
+    """
+
+    def decide(self, draft: Draft, target_probs: TargetProbs, dice: Dice) -> Decision:
+        """Descend until no draw is accepted."""
+        node = ROOT
+        while True:
+            child, rest = self._test_draws(draft, node, target_probs(node), dice)
+            if child is None:
+                return Decision(node, dice.draw(rest))
+            node = child
+
+    @staticmethod
+    @abstractmethod
+    def _test_draws(
+        draft: Draft, node: int, target_probs: Probs, dice: Dice
+    ) -> tuple[int | None, Probs]:
+        """Return the accepted child, or None and the distribution of the final token."""
 
 
 class _Target:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from foretoken.core.draft import Draft, Draws, SiblingDraw
-from foretoken.core.tree import ROOT
 from foretoken.verifiers.dice import Dice, Probs, point_mass, ratio, residual, without
-from foretoken.verifiers.probabilistic import Decision, ProbabilisticVerifier, TargetProbs
+from foretoken.verifiers.probabilistic import NodewiseVerifier
 
 
-class RecursiveRejectionVerifier(ProbabilisticVerifier):
+class RecursiveRejectionVerifier(NodewiseVerifier):
     """Base of the rules that test one draw after the other, from the root down.
 
     At a node with target distribution p, for each draw x from q in the order of drawing: accept x
@@ -26,15 +25,6 @@ class RecursiveRejectionVerifier(ProbabilisticVerifier):
     Source: Leviathan et al. 2023, arXiv:2211.17192; SpecInfer, arXiv:2305.09781, Algorithm 2;
     RSD, arXiv:2402.14160.
     """
-
-    def decide(self, draft: Draft, target_probs: TargetProbs, dice: Dice) -> Decision:
-        """Descend until no draw is accepted."""
-        node = ROOT
-        while True:
-            child, rest = self._test_draws(draft, node, target_probs(node), dice)
-            if child is None:
-                return Decision(node, dice.draw(rest))
-            node = child
 
     @staticmethod
     def _test_draws(

@@ -20,6 +20,8 @@ class RejectionVerifier(RecursiveRejectionVerifier):
     """
 
     name: ClassVar[str] = "rejection"
+    criterion: ClassVar[str] = "rejection sampling, token by token"
+    reference: ClassVar[str] = "Leviathan et al., arXiv:2211.17192; Chen et al., arXiv:2302.01318"
     draws: ClassVar[tuple[SiblingDraw, ...]] = (
         SiblingDraw.IID,
         SiblingDraw.WITHOUT_REPLACEMENT,

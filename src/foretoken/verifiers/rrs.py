@@ -19,4 +19,6 @@ class RecursiveRejectionWithoutReplacementVerifier(RecursiveRejectionVerifier):
     """
 
     name: ClassVar[str] = "rrs"
+    criterion: ClassVar[str] = "rejection sampling, sibling by sibling"
+    reference: ClassVar[str] = "RSD, arXiv:2402.14160; Sequoia, arXiv:2402.12374"
     draws: ClassVar[tuple[SiblingDraw, ...]] = (SiblingDraw.WITHOUT_REPLACEMENT,)

@@ -48,6 +48,8 @@ class TraversalVerifier(ProbabilisticVerifier):
     """
 
     name: ClassVar[str] = "traversal"
+    criterion: ClassVar[str] = "rejection sampling, whole paths of a tree"
+    reference: ClassVar[str] = "Weng et al., arXiv:2505.12398, Algorithm 2"
     draws: ClassVar[tuple[SiblingDraw, ...]] = (
         SiblingDraw.WITHOUT_REPLACEMENT,
         SiblingDraw.IID,

@@ -32,6 +32,8 @@ class TypicalVerifier(ProbabilisticVerifier):
     """
 
     name: ClassVar[str] = "typical"
+    criterion: ClassVar[str] = "probable enough for its entropy"
+    reference: ClassVar[str] = "Medusa, arXiv:2401.10774, section 3.3.1"
     exactness: ClassVar[Exactness] = Exactness.LOSSY
     draws: ClassVar[tuple[SiblingDraw, ...]] = (
         SiblingDraw.DETERMINISTIC,

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from foretoken.bench.runner import Progress, Report
 from foretoken.bench.specinfer.settings import COUPLED, SpecInferSettings, System, systems
 from foretoken.bench.specinfer.success_rate import MAX_GUESSES, Continuation, Replay
 from foretoken.bench.workloads import WorkloadPrompt
 from foretoken.core.draft import SiblingDraw
 from foretoken.core.params import SamplingParams
+from foretoken.core.progress import OnProgress, Progress, silent
 from foretoken.drafters.base import Drafter, DrafterHost
 from foretoken.drafters.draft_model import DraftModelDrafter, DraftModelOptions
 from foretoken.engine.engine import Engine, EngineConfig
@@ -116,7 +116,7 @@ class SpecInferResult:
     cells: list[CellResult]
 
 
-def run_specinfer(settings: SpecInferSettings, report: Report = lambda _: None) -> SpecInferResult:
+def run_specinfer(settings: SpecInferSettings, report: OnProgress = silent) -> SpecInferResult:
     """Measure all tables.
 
     Args:
@@ -131,7 +131,7 @@ def run_specinfer(settings: SpecInferSettings, report: Report = lambda _: None) 
     cells = _cells(settings)
     for cell in cells:  # what does not go together is found before anything is loaded
         agree_on_draws(cell.verifier, _rule(cell), {DRAFTER: DraftModelDrafter})
-    report(Progress(0, 1, "loading the models"))
+    report(Progress(done=0, total=1, detail="loading the models"))
     torch.set_num_threads(settings.threads)
     work = _Work(settings)
     num_plain = sum(len(work.seeds(temperature)) for temperature in TEMPERATURES)
@@ -223,7 +223,7 @@ class _Work:
     ) -> list[Request]:
         engine = Engine(
             self.target,
-            self.target.new_cache(self._kv_tokens(plan.max_nodes)),
+            self.target.new_cache(self._kv_tokens(plan.node_limit)),
             drafters,
             rule,
             plan,
@@ -295,7 +295,7 @@ class _Prompt(NamedTuple):
 class _Ticks:
     """Counts outputs and reports them."""
 
-    def __init__(self, report: Report, total: int) -> None:
+    def __init__(self, report: OnProgress, total: int) -> None:
         self._report = report
         self._done, self._total = 0, total
         self._doing = ""
@@ -303,17 +303,17 @@ class _Ticks:
     def doing(self, what: str) -> _Ticks:
         """Say what comes now."""
         self._doing = what
-        self._report(Progress(self._done, self._total, what))
+        self._report(Progress(done=self._done, total=self._total, detail=what))
         return self
 
     def tick(self) -> None:
         """Count an output."""
         self._done += 1
-        self._report(Progress(self._done, self._total, self._doing))
+        self._report(Progress(done=self._done, total=self._total, detail=self._doing))
 
     def finish(self) -> None:
         """Say that nothing comes any more."""
-        self._report(Progress(self._total, self._total, "done"))
+        self._report(Progress(done=self._total, total=self._total, detail="done"))
 
 
 def _cells(settings: SpecInferSettings) -> list[System]:

@@ -1,4 +1,4 @@
-"""How far a run is, in a form that any caller can show."""
+"""How far a long piece of work is, in a form that any caller can show."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import TypeAlias
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """One report of a run.
+    """One report of work that takes a while.
 
     Args:
-        stage: What is being done, for example "training draft-2".
-        done: Units of it that are finished.
+        done: Units of the stage that are finished.
         total: How many there are.
-        detail: More, for example the loss; empty if there is none.
+        stage: What is being done, for example "training draft-2"; empty if it is all one.
+        detail: What goes on within it, in a few words; empty if there is nothing to say.
         is_resumed: Whether what is done was found, not made.
     """
 
-    stage: str
     done: int
     total: int
+    stage: str = ""
     detail: str = ""
     is_resumed: bool = False
 

@@ -1,0 +1,1 @@
+"""`foretoken tune`: which drafter and how many nodes, on this machine, for these prompts."""

@@ -1,0 +1,396 @@
+"""The adaptive planner: one formula decides who drafts, how much is scored, and when not to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from time import perf_counter
+
+import numpy as np
+from numpy.typing import NDArray
+
+from foretoken.core.draft import Draft, source_names
+from foretoken.core.verdict import Verdict
+from foretoken.planner.base import Order, Planner, Share, StepTimes
+from foretoken.planner.choices import PLAIN, Choice, ids_of, share_out
+from foretoken.planner.cost import CostModel
+from foretoken.planner.drafting import Drafting
+from foretoken.planner.experience import Experience
+from foretoken.planner.gains import list_arms
+from foretoken.planner.pacing import Pace, Probes
+
+_ADVANTAGE = 1.02  # how much better a way has to be than the present one to replace it
+_BEYOND_EVERY = 8  # planned steps, after as many at first, in which drafts are larger than planned
+_TRIAL_EVERY = 6  # planned steps, of which one decodes by another way if that is nearly as good
+_LARGEST_LOSS = 0.4  # of its time that such a step may be expected to waste
+_PROBE_SIZES = (4, 1, 2)  # nodes of drafts that are only tried, in turn, to tell levels' cost
+
+
+@dataclass(slots=True)
+class _Step:
+    """What a planned step keeps until it is over.
+
+    Args:
+        at_work: Drafters that drafted in the step before, with the request that they did it for.
+        orders: Who drafts.
+        drafts: As proposed.
+        probs: Of each draft, the probability that each node is reached.
+        draft_ms: What drafting was expected to take.
+        trial: Ways and sizes by which this step decodes to see what they take, if it does.
+        trial_loss: Share of its time that it is expected to waste.
+        own_s: What planning took so far.
+    """
+
+    at_work: set[tuple[str, str]]
+    orders: list[Order] = field(default_factory=list)
+    drafts: Sequence[Draft] = ()
+    probs: list[list[float]] = field(default_factory=list)
+    draft_ms: float = 0.0
+    trial: dict[str, Choice] | None = None
+    trial_loss: float = 0.0
+    own_s: float = 0.0
+
+
+class AdaptivePlanner(Planner):
+    """Chooses, for all requests of a step together, what maximizes expected tokens per second.
+
+    With the nodes of all drafts sorted by the estimated probability that they are emitted, n of
+    them make `(requests + sum of the n best probabilities) / (drafting + pass(rows + n) + rest)`.
+    Before drafting, the same formula with the mean worth of recent drafts in place of
+    probabilities says which drafters are to draft, and how much; n = 0 is plain decoding. A level
+    of a tree that brings less than its time would bring elsewhere is not drafted. Costs come from
+    a measured curve that follows the machine, probabilities from the drafters' own estimates
+    corrected by what came of them.
+
+    Planning takes time, so it is done in every so many steps that it stays under a stated share
+    of it; in between the last plan holds. A drafter that the plan leaves out is tried now and
+    then, under a stated share of the time too (`planner/pacing.py`).
+
+    Args:
+        cost: Of the target's passes.
+        labels: Drafters to choose from, at least one.
+        always: Drafters that draft in every step, because what they propose is certain and free.
+        max_nodes: Most draft tokens per request and step.
+        first_guess: For each of the labels, how often its first guess is taken, as far as known.
+        clock: Seconds; what planning takes is measured by it.
+    """
+
+    def __init__(
+        self,
+        cost: CostModel,
+        labels: Sequence[str],
+        *,
+        always: Sequence[str] = (),
+        max_nodes: int,
+        first_guess: Mapping[str, float],
+        clock: Callable[[], float] = perf_counter,
+    ) -> None:
+        self._cost = cost
+        self._clock = clock
+        self._always = frozenset(always)
+        self._max_nodes = max_nodes
+        self._arms = list_arms(labels)
+        self._experience = Experience(self._arms, (*labels, *always), max_nodes, first_guess)
+        self._drafting = Drafting(cost)
+        self._pace, self._probes = Pace(), Probes(labels)
+        # The plan that holds: a way to draft and its size, and what it is for each request.
+        self._choice = PLAIN
+        self._choices: dict[str, Choice] = {}
+        self._rate = 0.0  # tokens per millisecond that it promises
+        self._num_decoding = 0
+        self._num_plans = self._num_probes = self._since_trial = 0
+        self._probe: str | None = None
+        self._is_probe_wasted = False  # it had to read what it had missed first
+        self._step: _Step | None = None  # if this one is planned
+
+    # -- before drafting ---------------------------------------------------------------------
+
+    def order(self, shares: Sequence[Share]) -> list[Order]:
+        """Return for each request who drafts and within which bounds."""
+        decoding = [share for share in shares if share.budget is not None]
+        self._step = None
+        if decoding and self._pace.begins_plan(len(decoding)):
+            start_s = self._clock()
+            self._step = _Step(self._at_work())
+            self._num_plans += 1
+            self._plan(shares, decoding, self._step)
+            self._step.orders = [self._order(share) for share in shares]
+            self._step.own_s = self._clock() - start_s
+            return self._step.orders
+        if self._choice is not PLAIN or self._always:
+            return [self._order(share) for share in shares]
+        return [{}] * len(shares)
+
+    def _order(self, share: Share) -> Order:
+        budget = share.budget
+        if budget is None or budget.is_empty:
+            return {}
+        arm, size = self._choices.get(share.request_id, self._choice)
+        if self._step is not None and self._step.trial is not None:
+            arm, size = self._step.trial[share.request_id]
+        elif self._step is not None and self._looks_beyond and size:
+            size += 2 + size // 2
+        order = {label: budget for label in share.drafters if label in self._always}
+        for label in arm:
+            if label in share.drafters:
+                order[label] = replace(
+                    budget,
+                    max_nodes=min(size, budget.max_nodes),
+                    min_gain=self._level_gain(label),
+                )
+        if self._step is not None and self._probe is not None and self._probe in share.drafters:
+            size = _PROBE_SIZES[self._num_probes % len(_PROBE_SIZES)]
+            order[self._probe] = replace(budget, max_nodes=min(size, budget.max_nodes))
+        return order
+
+    @property
+    def _looks_beyond(self) -> bool:
+        """Whether drafts are larger than the plan wants, to see what larger ones are worth."""
+        return self._num_plans <= _BEYOND_EVERY or self._num_plans % _BEYOND_EVERY == 0
+
+    def _level_gain(self, label: str) -> float:
+        """Return the tokens that a drafter has to promise each request for one more level."""
+        count = self._num_decoding
+        gain = self._rate * self._drafting.level_ms(label, count) / count
+        return gain * self._experience.boast(label)
+
+    def _plan(self, shares: Sequence[Share], decoding: Sequence[Share], step: _Step) -> None:
+        """Choose the way to draft, and its size for each request."""
+        self._num_decoding = count = len(decoding)
+        table_ms, num_fixed = self._step_table(shares, count * self._max_nodes)
+        step_ms = table_ms[num_fixed:]  # [1 + B * N]
+        sizes = np.arange(1, len(step_ms)) / count
+        draft_ms = np.array(  # [A, B * N]
+            [self._drafting.expect_ms(arm, count, sizes, step_ms[0]) for arm in self._arms]
+        )
+        plain_rate = count / step_ms[0]
+        nodes = self._experience.gains(decoding) * self._able(decoding)  # [B, A, N]
+        pooled = np.sort(-nodes.swapaxes(0, 1).reshape(len(self._arms), -1))  # [A, B * N]
+        gains = count - np.cumsum(pooled, axis=1)
+        rates = gains / (step_ms[1:] + draft_ms)
+        best, self._rate = self._best_arm(rates.max(axis=1), float(plain_rate))
+        self._choice, self._choices = PLAIN, dict.fromkeys(ids_of(decoding), PLAIN)
+        if best is not None:
+            num_best = int(rates[best].argmax())
+            step.draft_ms = float(draft_ms[best, num_best])
+            self._choices = share_out(decoding, self._arms[best], nodes[:, best], num_best + 1)
+            self._choice = self._arms[best], max(1, round((num_best + 1) / count))
+        self._choose_probe(decoding)
+        self._choose_trial(step, decoding, nodes, rates, float(plain_rate))
+
+    def _choose_trial(
+        self,
+        step: _Step,
+        decoding: Sequence[Share],
+        nodes: NDArray[np.float64],
+        rates: NDArray[np.float64],
+        plain_rate: float,
+    ) -> None:
+        """Have this step decode by the second best way now and then, if it may be the best.
+
+        What the plan never does is never timed, and may have become cheaper than it was.
+        """
+        self._since_trial += 1
+        every = 2 if self._num_plans <= _BEYOND_EVERY else _TRIAL_EVERY
+        is_due = self._since_trial >= every and self._probe is None
+        if not is_due or not self._probes.has_credit:
+            return
+        self._since_trial = 0
+        if self._choice is PLAIN:
+            best, place = (int(index) for index in np.unravel_index(rates.argmax(), rates.shape))
+            step.trial = share_out(decoding, self._arms[best], nodes[:, best], place + 1)
+            # Requests that are alike get as many, so that there may be more than `place + 1`.
+            place = min(sum(size for _, size in step.trial.values()), rates.shape[1]) - 1
+            step.trial_loss = 1.0 - float(rates[best, place]) / plain_rate
+        else:
+            step.trial = dict.fromkeys(ids_of(decoding), PLAIN)
+            step.trial_loss = 1.0 - plain_rate / self._rate
+        if step.trial_loss > _LARGEST_LOSS:
+            step.trial = None
+
+    def _able(self, decoding: Sequence[Share]) -> NDArray[np.bool_]:
+        """Return which requests may have all drafters of which way, [B, A, 1]."""
+        by_drafters = {tuple(share.drafters): None for share in decoding}
+        able = {
+            drafters: [all(label in drafters for label in arm) for arm in self._arms]
+            for drafters in by_drafters
+        }
+        return np.array([able[tuple(share.drafters)] for share in decoding])[:, :, None]
+
+    def _best_arm(self, rates: NDArray[np.float64], plain_rate: float) -> tuple[int | None, float]:
+        """Return the way to draft and its rate; the present one stays unless another is better.
+
+        Args:
+            rates: Tokens per millisecond of each way at its best size, [A].
+            plain_rate: That of plain decoding, which is the way None.
+        """
+        best = int(rates.argmax())
+        present = self._arms.index(self._choice[0]) if self._choice[0] else None
+        present_rate = plain_rate if present is None else float(rates[present])
+        if rates[best] >= _ADVANTAGE * present_rate:
+            present, present_rate = best, float(rates[best])
+        return (present, present_rate) if present_rate > plain_rate else (None, plain_rate)
+
+    def _choose_probe(self, decoding: Sequence[Share]) -> None:
+        """Choose a drafter that nobody uses, if its time has come."""
+        in_use = {label for arm, _ in self._choices.values() for label in arm}
+        again, self._is_probe_wasted = self._is_probe_wasted, False
+        if again and self._probe not in in_use:
+            return
+        able = {label for share in decoding for label in share.drafters}
+        self._probe = self._probes.pick(in_use, able)
+        self._num_probes += self._probe is not None
+
+    # -- after drafting ----------------------------------------------------------------------
+
+    def choose(self, shares: Sequence[Share], drafts: Sequence[Draft]) -> list[Draft]:
+        """Return the drafts cut down to the nodes that are worth their rows."""
+        if self._step is None:
+            return [self._within(share, draft) for share, draft in zip(shares, drafts, strict=True)]
+        start_s = self._clock()
+        self._step.drafts = drafts
+        self._step.probs = [
+            self._experience.path_probs(share, draft)
+            for share, draft in zip(shares, drafts, strict=True)
+        ]
+        chosen = list(drafts)
+        if self._step.trial is None:
+            chosen = self._best_nodes(shares, self._step)
+        self._step.own_s += self._clock() - start_s
+        return chosen
+
+    def _within(self, share: Share, draft: Draft) -> Draft:
+        """Return a draft within the size that the plan gives it; a merged one may be larger."""
+        if not draft.tree.num_draft_tokens:
+            return draft
+        size = self._choices.get(share.request_id, self._choice)[1]
+        # What is certain and free comes on top.
+        size += sum(not self._always.isdisjoint(source_names(name)) for name in draft.source)
+        if draft.tree.num_draft_tokens <= size:
+            return draft
+        return draft.keep(draft.tree.top_nodes(self._experience.path_probs(share, draft), size))
+
+    def _best_nodes(self, shares: Sequence[Share], step: _Step) -> list[Draft]:
+        """Return the drafts with the n likeliest nodes of all of them, for the best n."""
+        scouts = [draft.scout_paths() for draft in step.drafts]
+        pooled = [
+            prob
+            for probs, kept in zip(step.probs, scouts, strict=True)
+            for node, prob in enumerate(probs)
+            if node and node not in kept
+        ]
+        num_scouts = sum(len(kept) - 1 for kept in scouts if kept)
+        count = self._num_decoding
+        ordered = np.sort(pooled)[::-1]
+        gains = np.concatenate(([0.0], np.cumsum(ordered)))
+        table_ms, num_fixed = self._step_table(shares, len(pooled) + num_scouts)
+        step_ms = table_ms[num_fixed + num_scouts :]
+        rates = (count + gains) / (step_ms + step.draft_ms)
+        num_best = int(rates.argmax())
+        if num_best == len(pooled):
+            return list(step.drafts)
+        least = ordered[num_best - 1] if num_best else np.inf
+        return [
+            draft.keep(
+                [
+                    node
+                    for node, prob in enumerate(probs)
+                    if not node or prob >= least or node in kept
+                ]
+            )
+            for draft, probs, kept in zip(step.drafts, step.probs, scouts, strict=True)
+        ]
+
+    # -- after the step ----------------------------------------------------------------------
+
+    def observe(
+        self,
+        shares: Sequence[Share],
+        scored: Sequence[Draft],
+        verdicts: Sequence[Verdict | None],
+        times: StepTimes,
+    ) -> None:
+        """Learn what was kept, and what it took."""
+        # Where prompts are read, times say little about what comes after them.
+        has_prompts = any(share.num_rows > 1 for share in shares)
+        step = self._step
+        if not has_prompts:
+            self._probes.earn(times.total_s)
+        if step is None:
+            if self._pace.is_fresh and not has_prompts:
+                self._learn_costs(shares, scored, times, 0.0)
+            return
+        start_s = self._clock()
+        self._learn_guesses(step, shares, verdicts)
+        self._learn_drafting(step, shares, times)
+        if not has_prompts:
+            self._learn_costs(shares, scored, times, step.own_s)
+        step.own_s += self._clock() - start_s
+        self._pace.planned(step.own_s, times.total_s)
+        if step.trial is not None:
+            self._probes.pay(step.trial_loss * times.total_s)
+        if self._is_probe_wasted:
+            self._pace.hurry()
+
+    def _learn_guesses(
+        self, step: _Step, shares: Sequence[Share], verdicts: Sequence[Verdict | None]
+    ) -> None:
+        for share, order, draft, probs, verdict in zip(
+            shares, step.orders, step.drafts, step.probs, verdicts, strict=True
+        ):
+            if verdict is not None and order:
+                self._experience.learn(share, order, draft, probs, verdict)
+
+    def _at_work(self) -> set[tuple[str, str]]:
+        """Return who drafts for whom by the plan that held until now."""
+        trial = (self._probe,) if self._is_probe_wasted and self._probe is not None else ()
+        return {
+            (label, request_id)
+            for request_id, (arm, _) in self._choices.items()
+            for label in (*arm, *trial)
+        }
+
+    def _learn_costs(
+        self, shares: Sequence[Share], scored: Sequence[Draft], times: StepTimes, own_s: float
+    ) -> None:
+        num_rows = sum(share.num_rows for share in shares)
+        num_rows += sum(draft.tree.num_draft_tokens for draft in scored)
+        num_keys = sum(share.num_keys for share in shares)
+        self._cost.observe_pass(num_rows, num_keys, times.pass_s, len(shares))
+        rest_s = times.total_s - times.pass_s - sum(times.draft_s.values()) - own_s
+        self._cost.observe_overhead(len(shares), num_rows, rest_s)
+
+    def _learn_drafting(self, step: _Step, shares: Sequence[Share], times: StepTimes) -> None:
+        for label, seconds in times.draft_s.items():
+            if label in self._always:
+                continue
+            served = [
+                (share.request_id, draft)
+                for share, order, draft in zip(shares, step.orders, step.drafts, strict=True)
+                if label in order
+            ]
+            is_caught_up = all((label, request_id) in step.at_work for request_id, _ in served)
+            is_usual = self._drafting.learn(
+                label, [draft for _, draft in served], seconds, is_caught_up=is_caught_up
+            )
+            if self._probe == label:
+                self._probes.pay(seconds, label)
+                self._is_probe_wasted = not (is_usual or self._drafting.is_known(label))
+
+    def _step_table(
+        self, shares: Sequence[Share], num_nodes: int
+    ) -> tuple[NDArray[np.float64], int]:
+        """Return what a step of r rows takes besides drafting, and the rows without drafts."""
+        num_requests = len(shares)
+        num_fixed = sum(share.num_rows for share in shares)
+        num_keys = sum(share.num_keys for share in shares)
+        num_rows = num_fixed + num_nodes
+        pass_ms = self._cost.row_table(num_rows, num_keys, num_requests)
+        none_ms = self._cost.overhead_ms(num_requests, 0)
+        row_ms = self._cost.overhead_ms(num_requests, 1) - none_ms
+        return pass_ms + (none_ms + row_ms * np.arange(num_rows + 1)), num_fixed
+
+    def forget(self, request_id: str) -> None:
+        """Forget a request that has ended."""
+        self._experience.forget(request_id)
+        self._choices.pop(request_id, None)

@@ -1,0 +1,97 @@
+"""What drafting costs, learned from the steps themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from foretoken.core.draft import Draft, source_names
+from foretoken.planner.cost import CostModel
+from foretoken.planner.gains import Arm
+
+_LEVELS_RATE = 0.2  # weight of the newest draft in the usual depth of a drafter's
+_UNSEEN_SHARE = 0.1  # of a plain pass that a drafter is taken to need until it was seen
+_NUM_TELLING = 6
+_NUM_WARM_UP = 1  # drafts of a drafter that teach nothing: code is loaded, buffers are made
+
+
+class Drafting:
+    """Expected time of drafters.
+
+    A drafter that did not draft for a request in the step before first reads what it has missed.
+    Such a draft says nothing about the next, so it is not counted; nor is a drafter's very first.
+
+    Args:
+        cost: Holds the running estimates.
+    """
+
+    def __init__(self, cost: CostModel) -> None:
+        self._cost = cost
+        self._levels: dict[str, float] = {}  # usual depth of each drafter's drafts, once seen
+        self._num_seen: dict[str, int] = {}
+        self._num_usual: dict[str, int] = {}
+
+    def expect_ms(
+        self, arm: Arm, num_requests: int, sizes: NDArray[np.float64], plain_ms: float
+    ) -> NDArray[np.float64]:
+        """Return the expected time of a way to draft, by the size of drafts.
+
+        Args:
+            arm: Its drafters.
+            num_requests: For how many they draft.
+            sizes: Most nodes of each request's draft, which also bounds its levels.
+            plain_ms: Time of a pass without drafts, to guess from where nothing is known.
+        """
+        total_ms = np.zeros(len(sizes))
+        for label in arm:
+            levels = self._levels.get(label)
+            if levels is None:
+                total_ms += _UNSEEN_SHARE * plain_ms
+            else:
+                fixed_ms = self._cost.draft_ms(label, num_requests, 0)
+                level_ms = self.level_ms(label, num_requests)
+                total_ms += fixed_ms + level_ms * np.minimum(levels, sizes)
+        return total_ms
+
+    def level_ms(self, label: str, num_requests: int) -> float:
+        """Return the expected time of one more level of a drafter's drafts."""
+        return self._cost.draft_ms(label, num_requests, 1) - self._cost.draft_ms(
+            label, num_requests, 0
+        )
+
+    def is_known(self, label: str) -> bool:
+        """Return whether a drafter's time was seen often enough to tell levels from the rest."""
+        return self._num_usual.get(label, 0) >= _NUM_TELLING
+
+    def learn(
+        self, label: str, drafts: Sequence[Draft], seconds: float, *, is_caught_up: bool
+    ) -> bool:
+        """Learn how long a drafter took; return whether that says something about the next time.
+
+        Args:
+            label: Of the drafter.
+            drafts: Of the requests that it drafted for.
+            seconds: What it took.
+            is_caught_up: Whether it drafted for all of them in the step before.
+        """
+        self._num_seen[label] = self._num_seen.get(label, 0) + 1
+        if self._num_seen[label] <= _NUM_WARM_UP or not is_caught_up:
+            return False
+        self._num_usual[label] = self._num_usual.get(label, 0) + 1
+        levels = max(_levels_of(label, draft) for draft in drafts)
+        known = self._levels.get(label, float(levels))
+        self._levels[label] = known + _LEVELS_RATE * (levels - known)
+        self._cost.observe_draft(label, len(drafts), levels, seconds)
+        return True
+
+
+def _levels_of(label: str, draft: Draft) -> int:
+    """Return the depth of what a drafter proposed of a draft."""
+    depths = draft.tree.depths
+    own = [depths[node] for node, name in enumerate(draft.source) if label in source_names(name)]
+    return max(own, default=0)
+
+
+__all__ = ["Drafting"]

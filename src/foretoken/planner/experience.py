@@ -1,0 +1,162 @@
+"""What came of drafts: how likely nodes are to be emitted, and what whole drafts are worth."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from foretoken.core.draft import Draft, source_names
+from foretoken.core.verdict import Verdict
+from foretoken.planner.acceptance import Acceptance, judged_nodes
+from foretoken.planner.base import Order, Share
+from foretoken.planner.gains import Arm, Gains, temperature_class
+
+_LUCK_DECAY = 0.98  # of a judged guess's weight in how a drafter does on one request
+_LUCK_STRENGTH = 5.0  # guesses that count for it doing there as everywhere
+_MOST_CERTAIN = 0.98  # nothing is taken for more certain than this
+_LEAST_PROB = 1e-6  # under it nodes are as good as certain not to be taken
+_BOAST_RATE = 0.05  # weight of the newest draft in how a drafter's deepest guesses are off
+
+
+class _Luck:
+    """How a drafter does on one request, compared with how it does on all."""
+
+    __slots__ = ("_expected", "_taken")
+
+    def __init__(self) -> None:
+        self._taken = self._expected = 0.0
+
+    @property
+    def factor(self) -> float:
+        """Guesses that were taken, per guess that was expected to be."""
+        return (self._taken + _LUCK_STRENGTH) / (self._expected + _LUCK_STRENGTH)
+
+    def learn(self, estimate: float, is_taken: bool) -> None:
+        """Learn what came of a guess that was expected to be taken with some probability."""
+        self._taken = _LUCK_DECAY * self._taken + is_taken
+        self._expected = _LUCK_DECAY * self._expected + estimate
+
+
+class Experience:
+    """Estimates nodes and drafts from what became of earlier ones; all of it fades.
+
+    Args:
+        arms: Ways to draft.
+        labels: All drafters, those that are in no way to draft included.
+        max_nodes: N, most nodes of a draft.
+        first_guess: For each drafter of the arms, how often its first guess is taken, as far as
+            known before.
+    """
+
+    def __init__(
+        self,
+        arms: Sequence[Arm],
+        labels: Sequence[str],
+        max_nodes: int,
+        first_guess: Mapping[str, float],
+    ) -> None:
+        self._arms = arms
+        self._max_nodes = max_nodes
+        self._acceptance = {label: Acceptance() for label in labels}
+        self._gains = Gains(arms, max_nodes, first_guess)
+        self._luck: dict[tuple[str, str], _Luck] = {}
+        self._boast = dict.fromkeys(labels, 0.0)  # logarithms
+
+    def boast(self, label: str) -> float:
+        """Return what a drafter says its deepest guesses are worth, per token they are worth."""
+        return math.exp(self._boast[label])
+
+    def path_probs(self, share: Share, draft: Draft) -> list[float]:
+        """Return the probability that each node of a request's draft is reached, [N]."""
+        tree = draft.tree
+        probs, rank = [1.0] * len(tree), [0] * len(tree)
+        for node, parent in enumerate(tree.parents[1:], start=1):
+            estimates = [
+                self._estimate(share.request_id, label, draft, node, rank[parent])
+                for label in source_names(draft.source[node])
+            ]
+            probs[node] = probs[parent] * max(estimates)
+            rank[parent] += 1
+        return probs
+
+    def _estimate(self, request_id: str, label: str, draft: Draft, node: int, rank: int) -> float:
+        """Return the probability that a drafter's guess is taken, given the node above it is."""
+        estimate = self._acceptance[label].estimate(
+            draft.tree.depths[node], rank, draft.draft_logprobs[node]
+        )
+        luck = self._luck.get((request_id, label))
+        return estimate if luck is None else min(_MOST_CERTAIN, luck.factor * estimate)
+
+    def gains(self, shares: Sequence[Share]) -> NDArray[np.float64]:
+        """Return what the nodes of drafts are worth for some requests, best first, [B, A, N]."""
+        return self._gains.of([_request(share) for share in shares])
+
+    def learn(
+        self,
+        share: Share,
+        order: Order,
+        draft: Draft,
+        probs: Sequence[float],
+        verdict: Verdict,
+    ) -> None:
+        """Learn from one draft of one request.
+
+        Args:
+            share: Whose it is.
+            order: Who drafted, within which bounds.
+            draft: What they proposed together, nothing cut away.
+            probs: What `path_probs` said of it.
+            verdict: What the target said.
+        """
+        for label in order:
+            self._acceptance[label].fade()
+        for node, depth, rank, is_taken in judged_nodes(draft, verdict.token_ids):
+            logprob = draft.draft_logprobs[node]
+            for label in source_names(draft.source[node]):
+                acceptance = self._acceptance[label]
+                luck = self._luck.get((share.request_id, label))
+                if luck is None:
+                    luck = self._luck[share.request_id, label] = _Luck()
+                luck.learn(acceptance.estimate(depth, rank, logprob), is_taken)
+                acceptance.learn(depth, rank, logprob, is_taken)
+        sources = [source_names(name) for name in draft.source]
+        self._learn_boasts(sources, draft, probs)
+        for index, arm in enumerate(self._arms):
+            if all(label in order for label in arm):
+                own = [
+                    prob
+                    for names, prob in zip(sources, probs, strict=True)
+                    if any(label in names for label in arm)
+                ]
+                worth = np.sort(own)[::-1]
+                num_asked = max(order[label].max_nodes for label in arm)
+                self._gains.learn(_request(share), index, worth, min(num_asked, self._max_nodes))
+
+    def _learn_boasts(
+        self, sources: Sequence[Sequence[str]], draft: Draft, probs: Sequence[float]
+    ) -> None:
+        depths, claims = draft.tree.depths, draft.path_logprobs()
+        deepest: dict[str, int] = {}
+        for node, names in enumerate(sources):
+            for label in names:
+                if depths[node] >= depths[deepest.setdefault(label, node)]:
+                    deepest[label] = node
+        for label, node in deepest.items():
+            off = claims[node] - math.log(max(probs[node], _LEAST_PROB))
+            self._boast[label] += _BOAST_RATE * (off - self._boast[label])
+
+    def forget(self, request_id: str) -> None:
+        """Forget a request that has ended; what it taught about others stays."""
+        self._gains.forget(request_id)
+        for label in self._acceptance:
+            self._luck.pop((request_id, label), None)
+
+
+def _request(share: Share) -> tuple[str, int]:
+    return share.request_id, temperature_class(share.temperature)
+
+
+__all__ = ["Experience"]

@@ -1,0 +1,141 @@
+"""What drafts are worth: expected tokens of each of their nodes, for every way to draft."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+
+import numpy as np
+from numpy.typing import NDArray
+
+MOST_PAIRED = 4  # drafters up to which every two of them are a way of their own
+
+_RATE_OF_REQUEST = 0.15  # weight of the newest draft of a request ...
+_RATE_OF_ALL = 0.03  # ... and of the newest draft of anybody
+_PRIOR_DRAFTS = 2.0  # drafts that what was known before is worth, when there are none yet
+_NUM_CLASSES = 5  # of temperature: guesses come true less often where more is left to chance
+
+Arm = tuple[str, ...]
+"""A way to draft: labels of the drafters whose drafts are merged; none is plain decoding."""
+
+
+def list_arms(labels: Sequence[str]) -> list[Arm]:
+    """Return the ways to draft with some drafters: each alone, two of a few, and all together."""
+    arms: list[Arm] = [(label,) for label in labels]
+    if 2 < len(labels) <= MOST_PAIRED:
+        arms += combinations(labels, 2)
+    if len(labels) > 1:
+        arms.append(tuple(labels))
+    return arms
+
+
+def temperature_class(temperature: float) -> int:
+    """Return the class in which experience is shared; greedy requests have their own."""
+    return 0 if temperature <= 0 else min(_NUM_CLASSES - 1, 1 + int(2 * temperature))
+
+
+class Gains:
+    """Expected tokens of the best node of a draft, of the second best and so on.
+
+    For each request and way to draft, the mean over recent drafts; of nodes that were not asked
+    for, over earlier ones. A new request begins with the mean over all of its temperature.
+
+    Args:
+        arms: Ways to draft.
+        max_nodes: N, most nodes of a draft.
+        first_guess: For each drafter, the probability with which its first guess is taken, as
+            long as nothing else is known.
+
+    Attributes:
+        arms: As given.
+    """
+
+    def __init__(
+        self, arms: Sequence[Arm], max_nodes: int, first_guess: Mapping[str, float]
+    ) -> None:
+        self.arms = list(arms)
+        self._parts = [
+            (place, [self.arms.index((label,)) for label in arm])
+            for place, arm in enumerate(self.arms)
+            if len(arm) > 1
+        ]
+        prior = np.array([_prior_gains(arm, max_nodes, first_guess) for arm in arms])
+        self._of_all = np.repeat(prior[None], _NUM_CLASSES, axis=0)
+        self._all_counts = np.zeros((_NUM_CLASSES, len(self.arms)))
+        self._of_request = np.zeros((0, len(self.arms), max_nodes))
+        self._counts = np.zeros((0, len(self.arms)))
+        self._rows: dict[str, tuple[int, int]] = {}
+        self._free: list[int] = []
+
+    def of(self, requests: Sequence[tuple[str, int]]) -> NDArray[np.float64]:
+        """Return the expected tokens of the nodes of some requests' drafts, [B, A, N].
+
+        Args:
+            requests: Ids and temperature classes.
+        """
+        rows = [self._row(request_id, kind)[0] for request_id, kind in requests]
+        gains = self._of_request[rows]
+        for arm, parts in self._parts:
+            # No node of a union is likelier than the node of the same rank of all its parts.
+            pooled = -np.sort(-gains[:, parts].reshape(len(rows), -1))[:, : gains.shape[2]]
+            np.minimum(gains[:, arm], pooled, out=gains[:, arm])
+        return gains
+
+    def learn(
+        self, request: tuple[str, int], arm: int, probs: NDArray[np.float64], num_asked: int
+    ) -> None:
+        """Learn what one draft of a request was worth.
+
+        Args:
+            request: Its id and temperature class.
+            arm: Index of the way it was drafted.
+            probs: Probability that each of its nodes is reached, the largest first.
+            num_asked: Nodes that it could have had; at most N.
+        """
+        row, kind = self._row(*request)
+        probs = probs[:num_asked]
+        for gains, counts, at, least in (
+            (self._of_request, self._counts, row, _RATE_OF_REQUEST),
+            (self._of_all, self._all_counts, kind, _RATE_OF_ALL),
+        ):
+            counts[at, arm] += 1
+            rate = max(least, 1.0 / (counts[at, arm] + _PRIOR_DRAFTS))
+            asked = gains[at, arm, :num_asked]
+            asked *= 1.0 - rate
+            asked[: len(probs)] += rate * probs
+
+    def forget(self, request_id: str) -> None:
+        """Forget a request; what was learned from it for others stays."""
+        row = self._rows.pop(request_id, None)
+        if row is not None:
+            self._free.append(row[0])
+
+    def _row(self, request_id: str, kind: int) -> tuple[int, int]:
+        found = self._rows.get(request_id)
+        if found is None:
+            if not self._free:
+                num_rows = len(self._counts)
+                more = max(4, num_rows)
+                self._free = list(range(num_rows, num_rows + more))
+                self._of_request = _longer(self._of_request, more)
+                self._counts = _longer(self._counts, more)
+            row = self._free.pop()
+            self._of_request[row] = self._of_all[kind]
+            # What others have shown counts as much as a few drafts of its own.
+            self._counts[row] = np.minimum(self._all_counts[kind], _PRIOR_DRAFTS)
+            found = self._rows[request_id] = (row, kind)
+        return found
+
+
+def _prior_gains(arm: Arm, max_nodes: int, first_guess: Mapping[str, float]) -> NDArray[np.float64]:
+    """Return what a chain is worth each of whose tokens is taken with the same probability."""
+    missed = np.prod([1.0 - first_guess[label] for label in arm])
+    gains: NDArray[np.float64] = (1.0 - missed) ** np.arange(1, max_nodes + 1)
+    return gains
+
+
+def _longer(array: NDArray[np.float64], num_more: int) -> NDArray[np.float64]:
+    return np.concatenate((array, np.zeros((num_more, *array.shape[1:]))))
+
+
+__all__ = ["Arm", "Gains", "list_arms", "temperature_class"]

@@ -1,0 +1,108 @@
+"""How often to plan and what to try: both have a price, kept under a share of all time."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+PLANNING_SHARE = 0.01  # of the time of all steps, at most, for planning itself
+PLANNING_S = 125e-6  # for planning, at most, per request and step, however long steps are
+PROBING_SHARE = 0.01  # of it, at most, for drafters that are tried and not expected to pay
+
+_FIRST_PLANS = 8  # are made step by step, however short steps are
+_MOST_STEPS = 64  # from one plan to the next
+_RATE = 0.1  # weight of the newest plan's price
+_FIRST_CREDIT = 4.0  # steps whose time may be spent on probing at once
+_MOST_CREDIT_S = 0.2
+
+
+class Pace:
+    """Spaces plans so that they take no more than a stated share of the time.
+
+    The first few plans, and those at every change of the number of requests, come at once.
+    """
+
+    def __init__(self) -> None:
+        self._num_plans = 0
+        self._plan_s = self._step_s = 0.0
+        self._steps_left = 0
+        self._period = 1
+        self._num_requests = 0
+
+    def begins_plan(self, num_requests: int) -> bool:
+        """Return whether to plan in the step that begins; to be asked once per step."""
+        self._steps_left -= 1
+        is_due = self._steps_left < 0 or num_requests != self._num_requests
+        if is_due:
+            self._num_requests = num_requests
+            self._num_plans += 1
+        return is_due
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether this is the step right after a plan: what it takes is free of planning."""
+        return self._steps_left == self._period - 2
+
+    def planned(self, plan_s: float, step_s: float) -> None:
+        """Learn what planning took in a step, and what the whole step took."""
+        rate = max(_RATE, 1.0 / self._num_plans)
+        self._plan_s += rate * (plan_s - self._plan_s)
+        self._step_s += rate * (step_s - plan_s - self._step_s)
+        allowed_s = min(PLANNING_SHARE * self._step_s, PLANNING_S * self._num_requests)
+        price = self._plan_s / max(1e-9, allowed_s)
+        self._period = 1 if self._num_plans < _FIRST_PLANS else int(min(_MOST_STEPS, 1 + price))
+        self._steps_left = self._period - 1
+
+    def hurry(self) -> None:
+        """Have the next step planned."""
+        self._steps_left = 0
+
+
+class Probes:
+    """Says which drafter to try beside those that the plan has, as far as the time allows.
+
+    Args:
+        labels: Of all drafters to choose from.
+    """
+
+    def __init__(self, labels: Sequence[str]) -> None:
+        self._idle_steps = dict.fromkeys(labels, 0.0)  # in the order of trying
+        self._price_s = dict.fromkeys(labels, 0.0)
+        self._credit_s: float | None = None
+
+    def earn(self, seconds: float) -> None:
+        """Add the share of a step's time that may be spent."""
+        if self._credit_s is None:
+            self._credit_s = _FIRST_CREDIT * seconds
+        self._credit_s = min(_MOST_CREDIT_S, self._credit_s + PROBING_SHARE * seconds)
+
+    def pick(self, in_use: Collection[str], able: Collection[str]) -> str | None:
+        """Return the drafter that has not drafted for longest, if its trial can be paid.
+
+        Args:
+            in_use: Drafters that need no trial.
+            able: Drafters that some request may have.
+        """
+        for label in self._idle_steps:
+            self._idle_steps[label] = 0.0 if label in in_use else self._idle_steps[label] + 1
+        idle = [label for label in self._idle_steps if label in able and label not in in_use]
+        if not idle or self._credit_s is None:
+            return None
+        label = max(idle, key=self._idle_steps.__getitem__)
+        if self._price_s[label] > self._credit_s:
+            return None
+        self._idle_steps[label] = 0.0
+        return label
+
+    @property
+    def has_credit(self) -> bool:
+        """Whether something may be tried whose price is not known before."""
+        return self._credit_s is not None and self._credit_s > 0
+
+    def pay(self, seconds: float, label: str | None = None) -> None:
+        """Subtract what a trial took, of a drafter if it was one."""
+        if label is not None:
+            self._price_s[label] = seconds
+        self._credit_s = (self._credit_s or 0.0) - seconds
+
+
+__all__ = ["PLANNING_S", "PLANNING_SHARE", "PROBING_SHARE", "Pace", "Probes"]

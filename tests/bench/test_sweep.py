@@ -1,0 +1,380 @@
+"""Sweeps: fresh texts, rounds as needed, records that survive, and what is concluded."""
+
+import io
+import json
+from types import SimpleNamespace
+
+import pytest
+from rich.console import Console
+
+from foretoken.bench.peers.base import PeerOutput
+from foretoken.bench.record import different_tokens
+from foretoken.bench.runner import System
+from foretoken.bench.sweep.cell import as_entry, measure
+from foretoken.bench.sweep.plots import write_plots
+from foretoken.bench.sweep.report import print_report
+from foretoken.bench.sweep.run import run_sweep
+from foretoken.bench.sweep.settings import CellKey, Kind, SweepSettings
+from foretoken.bench.sweep.summary import goals, is_close, wins
+from foretoken.bench.sweep.work import SweepWork, edited
+from foretoken.bench.systems import HostInfo, Task, Turn
+from foretoken.errors import ConfigError, ForetokenError
+from foretoken.models.tokenizer import Tokenizer
+
+STORY, EDIT, RANDOM = Kind
+INFO = HostInfo(version="1", dtype="float64", context_limit=128, vocab_size=257)
+
+
+@pytest.fixture(scope="module")
+def sweep_settings(pair):
+    """Return settings of a tiny sweep in this process; keywords replace some."""
+
+    def make(**changes):
+        values = {
+            "model": pair.target,
+            "model_name": "target",
+            "weights": ("1",),
+            "drafters": (f"draft-model:path={pair.draft}", "prompt-lookup"),
+            "max_nodes": (4,),
+            "workloads": (RANDOM,),
+            "num_prompts": 1,
+            "max_new_tokens": 6,
+            "temperatures": (0.0, 1.0),
+            "batch_sizes": (1, 2),
+            "rounds": 1,
+            "max_rounds": 1,
+            "width": 0.1,
+            "seed": 0,
+            "dtype": "float32",
+            "device": "cpu",
+            "threads": 1,
+            "in_process": True,
+        }
+        return SweepSettings(**{**values, **changes})
+
+    return make
+
+
+# -- texts ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def all_work(sweep_settings, pair):
+    settings = sweep_settings(
+        workloads=tuple(Kind), num_prompts=2, rounds=2, max_rounds=2, max_new_tokens=60
+    )
+    return settings, SweepWork(settings, Tokenizer.load(pair.target), INFO)
+
+
+def test_no_prompt_ever_comes_again(all_work):
+    settings, work = all_work
+    tasks = [task for key in settings.cells for n in range(3) for task in work.tasks(key, n)]
+    assert len(tasks) == 12 * 3 * 2
+    assert len({task.seed for task in tasks}) == len(tasks)
+    # Stories may begin alike by chance; two random or edited texts of the same tokens never do.
+    made = [task.prompt_ids + task.script for task in tasks if task.script]
+    assert len(set(made)) == len(made) == 8 * 3 * 2
+    begun = [task.prompt_ids for task in tasks if not task.script]
+    assert len(set(begun)) > 0.8 * len(begun)
+
+
+def test_the_same_settings_give_the_same_tasks(all_work, pair):
+    settings, work = all_work
+    again = SweepWork(settings, Tokenizer.load(pair.target), INFO)
+    for key in settings.cells:
+        assert work.tasks(key, 1) == again.tasks(key, 1)
+
+
+def test_an_edit_repeats_its_text_but_for_some_words(all_work, pair):
+    settings, work = all_work
+    decode = Tokenizer.load(pair.target).decode
+    for key in (key for key in settings.cells if key.workload is EDIT):
+        for task in work.tasks(key, 0):
+            assert len(task.script) == settings.max_new_tokens == task.max_new_tokens
+            text, said = decode(task.prompt_ids), decode(task.script)
+            words, kept = text.split(), said.split()[:-1]  # the last word may be cut
+            same = sum(ours == theirs for ours, theirs in zip(words, kept, strict=False))
+            assert text != said.strip()
+            assert same >= len(kept) - 2
+
+
+def test_random_tokens_come_from_the_whole_vocabulary(all_work):
+    _, work = all_work
+    key = CellKey(RANDOM, 0.0, 2)
+    tasks = [task for number in range(3) for task in work.tasks(key, number)]
+    token_ids = [token_id for task in tasks for token_id in task.prompt_ids + task.script]
+    assert len(token_ids) == 6 * 92
+    # 552 draws of 257: about 227 different ones; fewer than 190 are more than 8 deviations off.
+    assert len(set(token_ids)) > 190
+    assert max(token_ids) < 257
+
+
+def test_edited_keeps_the_number_of_words():
+    text = " ".join(f"word{number}" for number in range(60))
+    for seed in range(20):
+        words = edited(text, seed).split(" ")
+        changed = sum(f"word{number}" != word for number, word in enumerate(words))
+        assert (len(words), 1 <= changed <= 5) == (60, True)
+    assert edited("alone", 0) == "alone"
+
+
+@pytest.mark.parametrize(
+    ("changes", "has_tokenizer", "message"),
+    [
+        ({"max_new_tokens": 65}, True, "need a context of 130 tokens; the model's holds 128"),
+        ({"workloads": (RANDOM, EDIT)}, False, "the model has no tokenizer"),
+    ],
+)
+def test_a_model_that_cannot_be_asked_is_refused(
+    sweep_settings, pair, changes, has_tokenizer, message
+):
+    tokenizer = Tokenizer.load(pair.target) if has_tokenizer else None
+    with pytest.raises(ConfigError, match=message):
+        SweepWork(sweep_settings(**changes), tokenizer, INFO)
+
+
+def test_random_tokens_need_no_tokenizer(sweep_settings):
+    settings = sweep_settings()
+    [task] = SweepWork(settings, None, INFO).tasks(settings.cells[0], 0)
+    assert (len(task.prompt_ids), len(task.script)) == (32, 6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"drafters": ()}, "a sweep compares drafters; got none"),
+        ({"rounds": 3, "max_rounds": 2}, "max_rounds is at least rounds, 3; got 2"),
+        ({"width": 0.0}, "width is a part of a ratio, > 0; got 0.0"),
+    ],
+)
+def test_settings_are_checked(sweep_settings, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        sweep_settings(**changes)
+
+
+# -- rounds --------------------------------------------------------------------------------------
+
+
+class TimedHost:
+    """Takes the seconds it is told, in turn, and counts its calls; may say other tokens."""
+
+    def __init__(self, seconds, token_id=1):
+        self.seconds, self.token_id, self.num_runs = seconds, token_id, 0
+
+    def run(self, tasks, *, batch_size, speculative):
+        seconds = self.seconds[max(0, self.num_runs - 1) % len(self.seconds)]  # 0: warm-up
+        self.num_runs += 1
+        output = PeerOutput(token_ids=[self.token_id] * 6, seconds=seconds, num_steps=3)
+        return Turn(outputs=[output] * len(tasks), unit_s=[seconds])
+
+
+class AnyWork:
+    def tasks(self, key, round_number):
+        return [Task(prompt_ids=(5, 6), max_new_tokens=6, temperature=0.0, seed=round_number)]
+
+
+def measured(settings, **hosts):
+    systems = [System(name, "plain", host, is_peer=False) for name, host in hosts.items()]
+    key = settings.cells[0]
+    rounds = measure(key, systems, AnyWork(), settings, lambda *_: None)
+    return as_entry(key, rounds)
+
+
+def test_rounds_end_when_the_ratios_are_known(sweep_settings):
+    settings = sweep_settings(rounds=3, max_rounds=9)
+    plain = TimedHost([2.0, 4.0, 3.0])  # paired ratios do not care for a machine that is slower
+    entry = measured(settings, plain=plain, slow=TimedHost([4.0, 8.0, 6.0]))
+    assert entry["num_rounds"] == 3
+    assert plain.num_runs == 4  # with the warm-up
+    ratio = entry["systems"]["slow"]["speed_up"]
+    assert (ratio["median"], ratio["interval_95"], ratio["against"]) == (0.5, [0.5, 0.5], "plain")
+    assert (entry["best_fixed"], "goals" in entry) == ("plain", False)
+
+
+def test_noise_asks_for_more_rounds_up_to_a_limit(sweep_settings):
+    settings = sweep_settings(rounds=2, max_rounds=7)
+    noisy = [1.0, 2.0, 1.1, 1.7, 0.9, 1.4, 1.2]
+    entry = measured(settings, plain=TimedHost([2.0]), noisy=TimedHost(noisy))
+    assert entry["num_rounds"] == 7
+    assert entry["systems"]["noisy"]["seconds"] == noisy
+    wide = sweep_settings(rounds=2, max_rounds=7, width=9.0)
+    entry = measured(wide, plain=TimedHost([2.0]), noisy=TimedHost(noisy))
+    assert entry["num_rounds"] == 2
+
+
+def test_auto_is_held_against_plain_and_the_best(sweep_settings):
+    settings = sweep_settings(rounds=2, max_rounds=2)
+    hosts = {"plain": TimedHost([2.0]), "good": TimedHost([1.0]), "bad": TimedHost([4.0])}
+    entry = measured(settings, **hosts, auto=TimedHost([1.1]))
+    assert entry["best_fixed"] == "good"
+    over_plain, over_best = entry["goals"]["plain"], entry["goals"]["best_fixed"]
+    assert (over_plain["median"], over_plain["holds"]) == (pytest.approx(1.8182), True)
+    assert (over_best["median"], over_best["holds"]) == (pytest.approx(0.90909), False)
+    assert over_plain["is_clear"]
+    assert over_best["is_clear"]
+    record = {"cells": [entry]}
+    assert wins(record) == {"good": 1}
+    assert [title for title, _ in goals(record)] == [
+        "auto is at least 0.98 × plain",
+        "auto is at least 0.95 × best fixed",
+    ]
+
+
+def test_a_goal_within_the_noise_is_not_clear(sweep_settings):
+    settings = sweep_settings(rounds=5, max_rounds=5)
+    plain, auto = TimedHost([1.0]), TimedHost([1.0, 1.2, 0.8, 1.1, 0.9])
+    entry = measured(settings, plain=plain, other=TimedHost([9.0]), auto=auto)
+    assert entry["best_fixed"] == "plain"
+    assert entry["goals"]["plain"]["holds"]
+    assert not entry["goals"]["plain"]["is_clear"]
+
+
+def test_a_best_method_may_be_one_of_several(sweep_settings):
+    settings = sweep_settings(rounds=5, max_rounds=5)
+    near, far = TimedHost([1.0, 0.8, 1.1, 0.9, 1.2]), TimedHost([1.6])
+    best = TimedHost([0.98])
+    assert is_close(measured(settings, plain=TimedHost([2.0]), best=best, near=near))
+    assert not is_close(measured(settings, plain=TimedHost([2.0]), best=best, far=far))
+
+
+def test_other_tokens_are_found(sweep_settings):
+    hosts = {"plain": TimedHost([1.0]), "wrong": TimedHost([1.0], token_id=2)}
+    [difference] = different_tokens({"cells": [measured(sweep_settings(), **hosts)]})
+    assert (difference["system"], difference["token"], difference["text"]) == ("wrong", 0, [5, 6])
+
+
+# -- whole sweeps --------------------------------------------------------------------------------
+
+
+def whole(sweep_settings):
+    return sweep_settings(
+        workloads=tuple(Kind), batch_sizes=(2,), max_new_tokens=40, rounds=2, max_rounds=2
+    )
+
+
+@pytest.fixture(scope="module")
+def record(sweep_settings):
+    return run_sweep(whole(sweep_settings), ["foretoken", "bench", "sweep"])
+
+
+def test_every_method_is_measured_in_every_cell(record):
+    cells = record["cells"]
+    assert [(it["workload"], it["temperature"], it["batch_size"]) for it in cells] == [
+        (kind, temperature, 2) for kind in Kind for temperature in (0.0, 1.0)
+    ]
+    for cell in cells:
+        assert list(cell["systems"]) == ["plain", "draft-model", "prompt-lookup", "auto"]
+        assert cell["num_tokens_per_round"] == 80
+        assert cell["systems"]["plain"]["tokens_per_step"] == 1
+        assert all(len(it["seconds"]) == 2 for it in cell["systems"].values())
+    assert different_tokens(record) == []
+    assert record["target"]["dtype"] == "float32"
+
+
+def test_kinds_of_text_are_what_they_claim(record):
+    """The draft is the target, so it knows all but the scripts; copying knows the edits alone."""
+    steps = {
+        (cell["workload"], name): cell["systems"][name]["tokens_per_step"]
+        for cell in record["cells"]
+        if cell["temperature"] == 0
+        for name in ("draft-model", "prompt-lookup")
+    }
+    assert steps["story", "draft-model"] > 2
+    assert steps["edit", "prompt-lookup"] > 2 > steps["edit", "draft-model"]
+    assert steps["random", "prompt-lookup"] < 1.2
+    assert steps["random", "draft-model"] < 1.2
+
+
+def test_the_report_has_a_table_per_text_and_the_conclusions(record):
+    out = io.StringIO()
+    print_report(record, Console(file=out, width=120))
+    text = out.getvalue()
+    assert "story, greedy: speed of plain decoding [95 %]" in text
+    assert "random, temperature 1: speed of plain decoding" in text
+    assert "Which fixed method is best" in text
+    assert "best fixed method: " in text
+    assert "of 6 cells" in text
+    assert "auto is at least 0.98 × plain: " in text
+
+
+def test_the_picture_is_drawn(record, tmp_path):
+    pytest.importorskip("matplotlib")
+    [path] = write_plots(record, tmp_path)
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+class StopError(Exception):
+    pass
+
+
+def test_a_sweep_goes_on_where_it_was_cut_off(sweep_settings, tmp_path):
+    def stop_in_the_third_cell(progress):
+        if progress.done == 2:
+            raise StopError
+
+    with pytest.raises(StopError):
+        run_sweep(sweep_settings(), ["foretoken"], tmp_path, stop_in_the_third_cell)
+    before = json.loads((tmp_path / "record.json").read_text())
+    assert [path.name for path in tmp_path.iterdir()] == ["record.json"]
+    assert len(before["cells"]) == 2
+    seen = []
+    record = run_sweep(sweep_settings(), ["foretoken"], tmp_path, seen.append)
+    assert record["cells"][:2] == before["cells"]
+    assert len(record["cells"]) == 4
+    assert json.loads((tmp_path / "record.json").read_text()) == record
+    assert [(it.done, it.total) for it in seen if it.is_resumed] == [(2, 4)]
+    assert not any("batch 1, round" in it.detail for it in seen if "temperature 0" in it.detail)
+
+
+def test_a_whole_record_needs_no_model(sweep_settings, record, tmp_path, monkeypatch):
+    (tmp_path / "record.json").write_text(json.dumps(record))
+    monkeypatch.setattr("foretoken.bench.sweep.run.load_host", None)
+    assert run_sweep(whole(sweep_settings), ["foretoken"], tmp_path) == record
+
+
+def test_a_record_of_other_settings_is_not_mixed_with(sweep_settings, tmp_path):
+    settings = sweep_settings(temperatures=(0.0,), batch_sizes=(1,))
+    first = run_sweep(settings, ["foretoken"], tmp_path)
+    other = sweep_settings(temperatures=(0.0,), batch_sizes=(1,), seed=5)
+    with pytest.raises(ConfigError, match="is of another run: seed 0, now 5"):
+        run_sweep(other, ["foretoken"], tmp_path)
+    record = run_sweep(other, ["foretoken"], tmp_path, begins_anew=True)
+    assert record["settings"]["seed"] == 5
+    assert first["settings"]["seed"] == 0
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"what": "foretoken bench"}'])
+def test_what_is_no_record_of_a_sweep_is_refused(sweep_settings, tmp_path, text):
+    (tmp_path / "record.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"record\.json .* cannot be continued"):
+        run_sweep(sweep_settings(), ["foretoken"], tmp_path)
+
+
+def test_a_method_that_fails_ends_the_sweep_with_its_record(sweep_settings, tmp_path, monkeypatch):
+    from foretoken.bench import foretoken_host
+
+    calls = []
+    run = foretoken_host.ForetokenHost.run
+
+    def failing(self, tasks, **how):
+        calls.append(how)
+        if len(calls) > 10:  # two cells are 4 systems, once to warm up and once to count
+            raise ForetokenError("broken", hint="mend it")
+        return run(self, tasks, **how)
+
+    monkeypatch.setattr(foretoken_host.ForetokenHost, "run", failing)
+    with pytest.raises(ForetokenError, match="broken"):
+        run_sweep(sweep_settings(), ["foretoken"], tmp_path)
+    assert len(json.loads((tmp_path / "record.json").read_text())["cells"]) == 1
+
+
+def test_progress_names_cell_round_and_method(sweep_settings):
+    seen = SimpleNamespace(details=[])
+    run_sweep(
+        sweep_settings(temperatures=(0.0,), batch_sizes=(2,)),
+        ["foretoken"],
+        report=lambda progress: seen.details.append(progress.detail),
+    )
+    assert "loading auto" in seen.details
+    assert "random, temperature 0, batch 2, round 1 of 1 to 1: prompt-lookup" in seen.details
+    assert seen.details[-1] == "done"

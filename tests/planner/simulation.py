@@ -1,0 +1,174 @@
+"""A simulated machine for planners: passes, drafters and requests, costs and luck known."""
+
+import itertools
+import random
+from dataclasses import dataclass, field
+
+from foretoken.core.draft import Draft, DraftBudget, merge_drafts
+from foretoken.core.tree import TokenTree
+from foretoken.core.verdict import FinalKind, Verdict
+from foretoken.planner.adaptive import AdaptivePlanner
+from foretoken.planner.base import StepTimes
+from foretoken.planner.cost import CostCurve, CostModel
+
+RIGHT = 1  # other tokens are wrong
+PLANNING_S = 50e-6  # what the planner's clock advances each time it is read
+
+
+@dataclass
+class SimulatedShare:
+    """A request that decodes; its temperature only names its class."""
+
+    request_id: str
+    drafters: tuple
+    budget: DraftBudget | None
+    temperature: float = 0.0
+    num_rows: int = 1
+    num_keys: int = 20
+
+
+@dataclass
+class SimulatedDrafter:
+    """Drafts chains whose every token is right with the same probability.
+
+    Args:
+        acceptance: That probability, or a function of the request's id.
+        level_ms: Time of a level, for all requests together.
+        request_ms: Time of each request.
+        claimed: The log-probability that it claims for each guess.
+        max_depth: Of its chains.
+    """
+
+    acceptance: object
+    level_ms: float = 0.0
+    request_ms: float = 0.02
+    claimed: float = -0.5
+    max_depth: int = 8
+    num_proposed: int = 0
+
+    def propose(self, name, request_id, budget, rng):
+        length = min(self.max_depth, budget.max_nodes, budget.max_depth)
+        chance = self.acceptance(request_id) if callable(self.acceptance) else self.acceptance
+        # A chain stops where another level does not pay, as growers do.
+        reached, tokens = 1.0, []
+        for _ in range(length):
+            reached *= 2.718281828**self.claimed
+            if self.level_ms and reached < budget.min_gain:
+                break
+            tokens.append(RIGHT if rng.random() < chance else sum(name.encode()))
+        self.num_proposed += 1
+        tree = TokenTree.chain([RIGHT, *tokens])
+        logprobs = (0.0, *(self.claimed for _ in tokens))
+        return Draft.from_drafter(name, tree, draft_logprobs=logprobs)
+
+
+@dataclass
+class Machine:
+    """Runs a planner, or one fixed way to draft, in simulated time.
+
+    Args:
+        curve: Milliseconds of a pass by its rows.
+        drafters: By label.
+        rest_ms: Of a step, besides pass and drafting.
+        noise: Relative standard deviation of every time.
+    """
+
+    curve: CostCurve
+    drafters: dict
+    rest_ms: float = 0.3
+    noise: float = 0.05
+    seed: int = 0
+    ms: float = 0.0
+    num_tokens: int = 0
+    num_steps: int = 0
+    ms_of: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        self.rng = random.Random(self.seed)
+
+    def planner(self, *, max_nodes=16, curve=None):
+        first_guess = dict.fromkeys(self.drafters, 0.4)
+        cost = CostModel(curve or self.curve)
+        ticks = itertools.count(0.0, PLANNING_S)
+        return AdaptivePlanner(
+            cost,
+            list(self.drafters),
+            max_nodes=max_nodes,
+            first_guess=first_guess,
+            clock=lambda: next(ticks),
+        )
+
+    def run(self, planner, *, num_requests=1, num_steps=1500, max_nodes=16):
+        """Decode with a planner; return tokens per millisecond of simulated time."""
+        self.ms, self.num_tokens, self.num_steps = 0.0, 0, num_steps
+        self.ms_of = dict.fromkeys(self.drafters, 0.0)
+        budget = DraftBudget(max_nodes=max_nodes, max_depth=max_nodes)
+        shares = [
+            SimulatedShare(f"r{index}", tuple(self.drafters), budget)
+            for index in range(num_requests)
+        ]
+        for _ in range(num_steps):
+            self._step(planner, shares)
+        return self.num_tokens / self.ms
+
+    def run_fixed(self, labels, size, **how):
+        """Decode with some drafters in every step, at one size."""
+        return self.run(FixedSize(labels, size), **how)
+
+    def _step(self, planner, shares):
+        orders = planner.order(shares)
+        times = StepTimes()
+        proposed = [[] for _ in shares]
+        for label, drafter in self.drafters.items():
+            own = [
+                (place, drafter.propose(label, share.request_id, order[label], self.rng))
+                for place, (share, order) in enumerate(zip(shares, orders, strict=True))
+                if label in order
+            ]
+            if own:
+                levels = max(max(draft.tree.depths) for _, draft in own)
+                ms = self._noisy(drafter.request_ms * len(own) + drafter.level_ms * levels)
+                times.draft_s[label] = ms / 1000
+                self.ms_of[label] += ms
+            for place, draft in own:
+                proposed[place].append(draft)
+        drafts = [merge_drafts(own) if own else Draft.empty(RIGHT) for own in proposed]
+        scored = planner.choose(shares, drafts)
+        num_rows = len(shares) + sum(draft.tree.num_draft_tokens for draft in scored)
+        num_keys = sum(share.num_keys for share in shares)
+        pass_ms = self._noisy(self.curve.pass_ms(num_rows, num_keys, len(shares)))
+        times.pass_s = pass_ms / 1000
+        verdicts = [self._verdict(draft) for draft in scored]
+        times.total_s = (
+            times.pass_s + sum(times.draft_s.values()) + self._noisy(self.rest_ms) / 1000
+        )
+        self.ms += 1000 * times.total_s
+        for share, verdict in zip(shares, verdicts, strict=True):
+            self.num_tokens += len(verdict.token_ids)
+            share.num_keys += len(verdict.token_ids)
+        planner.observe(shares, scored, verdicts, times)
+
+    def _verdict(self, draft):
+        path = draft.tree.match([RIGHT] * draft.tree.num_draft_tokens)
+        kind = FinalKind.BONUS if len(path) == draft.tree.num_draft_tokens else FinalKind.RECOVERED
+        return Verdict(tuple(path), (RIGHT,) * (len(path) + 1), kind)
+
+    def _noisy(self, ms):
+        return ms * max(0.5, 1.0 + self.noise * self.rng.gauss(0.0, 1.0))
+
+
+class FixedSize:
+    """Drafts in every step with the same drafters, at the same size."""
+
+    def __init__(self, labels, size):
+        self.labels, self.size = labels, size
+
+    def order(self, shares):
+        budget = DraftBudget(max_nodes=self.size, max_depth=self.size)
+        return [dict.fromkeys(self.labels, budget) if self.size else {} for _ in shares]
+
+    def choose(self, shares, drafts):
+        return drafts
+
+    def observe(self, shares, scored, verdicts, times):
+        pass

@@ -1,0 +1,173 @@
+"""The adaptive planner in simulated time, where the best that could be done is known."""
+
+import itertools
+
+import pytest
+
+from foretoken.core.draft import Draft, DraftBudget
+from foretoken.core.tree import TokenTree
+from foretoken.planner.adaptive import AdaptivePlanner
+from foretoken.planner.cost import CostCurve, CostModel
+from foretoken.planner.pacing import PROBING_SHARE
+from tests.planner.simulation import Machine, SimulatedDrafter, SimulatedShare
+
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+# Memory decides what a pass costs: rows are nearly free.
+LARGE = CostCurve(rows=ROWS, base_ms=(25, 25, 26, 28, 35, 55, 100, 190, 370))
+# Arithmetic decides: every row has its price.
+SMALL = CostCurve(rows=ROWS, base_ms=(0.4, 0.45, 0.55, 0.75, 1.15, 2.0, 3.7, 7.1, 14.0))
+
+
+def machine(curve, *, good=0.7, seed=0, **drafters):
+    return Machine(
+        curve,
+        {
+            "model": SimulatedDrafter(good, level_ms=0.15 if curve is SMALL else 1.0),
+            "copy": SimulatedDrafter(0.15, request_ms=0.02, claimed=-0.2),
+            **drafters,
+        },
+        seed=seed,
+    )
+
+
+CELLS = list(itertools.product(["large", "small"], [1, 4, 16], [0.05, 0.5, 0.85]))
+
+
+@pytest.mark.parametrize(("size", "num_requests", "good"), CELLS)
+def test_nearly_as_fast_as_the_best_fixed_way_and_never_slower_than_plain(size, num_requests, good):
+    curve = {"large": LARGE, "small": SMALL}[size]
+    how = {"num_requests": num_requests, "num_steps": 4800 // num_requests}
+    plain = machine(curve, good=good).run_fixed([], 0, **how)
+    fixed = max(
+        machine(curve, good=good).run_fixed([label], nodes, **how)
+        for label in ("model", "copy")
+        for nodes in (1, 2, 4, 8)
+    )
+    simulated = machine(curve, good=good)
+    planner = simulated.planner()
+    simulated.run(planner, num_requests=num_requests, num_steps=2000)  # to know its drafters
+    auto = simulated.run(planner, **how)
+    assert auto >= 0.98 * plain
+    assert auto >= 0.95 * fixed
+
+
+def test_follows_a_drafter_that_becomes_good_and_one_that_becomes_bad():
+    simulated = machine(LARGE, good=0.02, copy=SimulatedDrafter(0.0, claimed=-0.2))
+    planner = simulated.planner()
+    slow = simulated.run(planner, num_steps=600)
+    simulated.drafters["copy"].acceptance = 0.9
+    simulated.run(planner, num_steps=400)
+    fast = simulated.run(planner, num_steps=400)
+    assert fast > 2.5 * slow
+    simulated.drafters["copy"].acceptance = 0.0
+    simulated.run(planner, num_steps=400)
+    assert simulated.run(planner, num_steps=400) > 0.97 * slow
+
+
+def test_a_curve_that_was_measured_on_a_slower_machine_is_corrected():
+    slower = CostCurve(rows=ROWS, base_ms=tuple(3 * ms for ms in SMALL.base_ms))
+    simulated = machine(SMALL, good=0.85)
+    right = simulated.run(simulated.planner(), num_steps=1500)
+    simulated = machine(SMALL, good=0.85)
+    wrong = simulated.run(simulated.planner(curve=slower), num_steps=1500)
+    assert wrong > 0.97 * right
+
+
+def test_requests_of_one_batch_get_what_suits_each():
+    """Half of the requests repeat themselves; the drafter that copies serves these alone."""
+    copy = SimulatedDrafter(
+        lambda request_id: 0.9 if int(request_id[1:]) % 2 else 0.02,
+        request_ms=0.2,
+        claimed=-0.2,
+    )
+    simulated = Machine(LARGE, {"copy": copy})
+    planner = simulated.planner()
+    simulated.run(planner, num_requests=8, num_steps=300)
+    budget = DraftBudget(max_nodes=16, max_depth=16)
+    shares = [SimulatedShare(f"r{index}", ("copy",), budget) for index in range(8)]
+    served = [
+        [bool(order) for order in planner.order(shares)] for _ in range(4)
+    ]  # some steps, because a probe may come in between
+    for index in range(8):
+        count = sum(step[index] for step in served)
+        assert count >= 3 if index % 2 else count <= 2
+
+
+@pytest.mark.parametrize("num_requests", [1, 8])
+def test_drafters_that_do_not_pay_take_no_more_than_the_stated_share(num_requests):
+    simulated = Machine(
+        SMALL,
+        {"dear": SimulatedDrafter(0.3, level_ms=0.4), "vain": SimulatedDrafter(0.0)},
+    )
+    planner = simulated.planner()
+    simulated.run(planner, num_requests=num_requests, num_steps=500)  # it has to find out first
+    simulated.run(planner, num_requests=num_requests, num_steps=4000)
+    assert 0 < sum(simulated.ms_of.values()) < 1.3 * PROBING_SHARE * simulated.ms
+
+
+def test_a_level_that_does_not_pay_is_not_drafted():
+    simulated = Machine(LARGE, {"model": SimulatedDrafter(0.7, level_ms=6.0)})
+    planner = simulated.planner()
+    simulated.run(planner, num_steps=200)
+    share = SimulatedShare("r0", ("model",), DraftBudget(max_nodes=16, max_depth=16))
+    budget = planner.order([share])[0]["model"]
+    # A level takes about a quarter of a pass, in which plain decoding makes a quarter of a token.
+    assert 0.1 < budget.min_gain < 0.6
+
+
+def test_prompts_and_full_requests_get_nothing():
+    planner = machine(LARGE).planner()
+    prompt = SimulatedShare("p", ("model", "copy"), None, num_rows=64)
+    full = SimulatedShare("f", ("model", "copy"), DraftBudget(max_nodes=16, max_depth=0))
+    assert planner.order([prompt]) == [{}]
+    assert planner.order([prompt, full]) == [{}, {}]
+
+
+def test_a_request_gets_only_the_drafters_that_it_may_have():
+    simulated = machine(LARGE, good=0.9)
+    planner = simulated.planner()
+    simulated.run(planner, num_steps=100)
+    budget = DraftBudget(max_nodes=16, max_depth=16)
+    for _ in range(3):
+        orders = planner.order(
+            [SimulatedShare("a", ("copy",), budget), SimulatedShare("b", (), budget)]
+        )
+        assert set(orders[0]) <= {"copy"}
+        assert not orders[1]
+
+
+def test_always_drafters_draft_and_their_nodes_are_kept():
+    planner = AdaptivePlanner(
+        CostModel(SMALL), ["copy"], always=["forced"], max_nodes=8, first_guess={"copy": 0.01}
+    )
+    share = SimulatedShare("a", ("copy", "forced"), DraftBudget(max_nodes=8, max_depth=8))
+    for _ in range(3):
+        [order] = planner.order([share])
+        assert "forced" in order
+        draft = Draft.from_drafter("forced", TokenTree.chain([1, 1, 1]))
+        [chosen] = planner.choose([share], [draft])
+        assert chosen.tree == draft.tree
+
+
+def test_scouts_are_scored_whatever_their_chances():
+    planner = AdaptivePlanner(CostModel(SMALL), ["look"], max_nodes=8, first_guess={"look": 0.9})
+    share = SimulatedShare("a", ("look",), DraftBudget(max_nodes=8, max_depth=8))
+    planner.order([share])
+    tree = TokenTree((1, 2, 3, 4), (-1, 0, 1, 0))
+    draft = Draft.from_drafter(
+        "look", tree, draft_logprobs=(0.0, -20.0, -20.0, -20.0), scouts=frozenset({2})
+    )
+    [chosen] = planner.choose([share], [draft])
+    assert set(chosen.tree.sequences) == {(1,), (1, 2), (1, 2, 3)}
+
+
+def test_forgets_requests_that_have_ended():
+    simulated = machine(LARGE, good=0.9)
+    planner = simulated.planner()
+    simulated.run(planner, num_requests=4, num_steps=60)
+    for index in range(4):
+        planner.forget(f"r{index}")
+        planner.forget(f"r{index}")
+    planner.forget("never seen")
+    assert not planner._experience._gains._rows
+    assert not planner._choices
