@@ -155,8 +155,9 @@ class DrafterHost:
 class Drafter(Protocol):
     """Proposes drafts; a lifecycle of start, (propose, commit)*, stop for each request.
 
-    A step may go without its draft: then there is a commit without a propose. Drafters derive
-    from this class, so that those who keep nothing leave out what they do not need.
+    A step may go without its draft, and then without its commit: what a draft is made from are
+    the context's tokens. Drafters derive from this class, so that those who keep nothing leave out
+    what they do not need.
 
     Attributes:
         Options: Frozen dataclass of its options.
@@ -197,10 +198,12 @@ class Drafter(Protocol):
         ...
 
     def commit(self, outcomes: Sequence[Outcome]) -> None:
-        """Learn what was kept of a step, whether or not this drafter drafted for it.
+        """Learn what was kept of a step that this drafter drafted for.
+
+        Its own draft may have been cut, or be empty.
 
         Args:
-            outcomes: One for each request that it serves and that was given tokens.
+            outcomes: One for each request that it drafted for.
         """
         return
 

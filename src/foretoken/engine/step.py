@@ -165,13 +165,13 @@ def tell_drafters(
     verdicts: Sequence[Verdict | None],
     output: ForwardOutput,
 ) -> None:
-    """Let every drafter of a request know what was kept, whether or not it drafted."""
+    """Let the drafters that drafted for a request know what was kept."""
     outcomes: dict[str, list[Outcome]] = {}
     for order, it, verdict in zip(orders, scored, verdicts, strict=True):
-        if verdict is not None:
-            num_top = max([drafters[label].needs.top_logits for label in order], default=0)
+        if verdict is not None and order:
+            num_top = max(drafters[label].needs.top_logits for label in order)
             outcome = _outcome(it, verdict, output, num_top)
-            for label in it.work.request.drafters:
+            for label in order:
                 outcomes.setdefault(label, []).append(outcome)
     for label, own in outcomes.items():
         drafters[label].commit(own)

@@ -16,12 +16,13 @@ from foretoken.planner.choices import PLAIN, Choice, ids_of, share_out
 from foretoken.planner.cost import CostModel
 from foretoken.planner.drafting import Drafting
 from foretoken.planner.experience import Experience
-from foretoken.planner.gains import list_arms
+from foretoken.planner.gains import Arm, list_arms
 from foretoken.planner.pacing import Pace, Probes
 
 _ADVANTAGE = 1.02  # how much better a way has to be than the present one to replace it
 _BEYOND_EVERY = 8  # planned steps, after as many at first, in which drafts are larger than planned
-_TRIAL_EVERY = 6  # planned steps, of which one decodes by another way if that is nearly as good
+_TRIAL_EVERY = 3  # planned steps, of which one decodes by another way if that is nearly as good
+_TRIAL_STEPS = 5  # of a trial
 _LARGEST_LOSS = 0.4  # of its time that such a step may be expected to waste
 _PROBE_SIZES = (4, 1, 2)  # nodes of drafts that are only tried, in turn, to tell levels' cost
 
@@ -36,8 +37,6 @@ class _Step:
         drafts: As proposed.
         probs: Of each draft, the probability that each node is reached.
         draft_ms: What drafting was expected to take.
-        trial: Ways and sizes by which this step decodes to see what they take, if it does.
-        trial_loss: Share of its time that it is expected to waste.
         own_s: What planning took so far.
     """
 
@@ -46,8 +45,6 @@ class _Step:
     drafts: Sequence[Draft] = ()
     probs: list[list[float]] = field(default_factory=list)
     draft_ms: float = 0.0
-    trial: dict[str, Choice] | None = None
-    trial_loss: float = 0.0
     own_s: float = 0.0
 
 
@@ -96,8 +93,11 @@ class AdaptivePlanner(Planner):
         # The plan that holds: a way to draft and its size, and what it is for each request.
         self._choice = PLAIN
         self._choices: dict[str, Choice] = {}
+        self._present: Arm = ()  # what it prefers, which a trial may replace for some steps
+        self._trial_loss = 0.0  # share of their time that the steps of a trial may waste
         self._rate = 0.0  # tokens per millisecond that it promises
         self._num_decoding = 0
+        self._has_always = False
         self._num_plans = self._num_probes = self._since_trial = 0
         self._probe: str | None = None
         self._is_probe_wasted = False  # it had to read what it had missed first
@@ -114,10 +114,11 @@ class AdaptivePlanner(Planner):
             self._step = _Step(self._at_work())
             self._num_plans += 1
             self._plan(shares, decoding, self._step)
+            self._has_always = any(self._always.intersection(it.drafters) for it in decoding)
             self._step.orders = [self._order(share) for share in shares]
             self._step.own_s = self._clock() - start_s
             return self._step.orders
-        if self._choice is not PLAIN or self._always:
+        if self._choice is not PLAIN or self._has_always:
             return [self._order(share) for share in shares]
         return [{}] * len(shares)
 
@@ -126,9 +127,7 @@ class AdaptivePlanner(Planner):
         if budget is None or budget.is_empty:
             return {}
         arm, size = self._choices.get(share.request_id, self._choice)
-        if self._step is not None and self._step.trial is not None:
-            arm, size = self._step.trial[share.request_id]
-        elif self._step is not None and self._looks_beyond and size:
+        if self._step is not None and self._looks_beyond and size and not self._trial_loss:
             size += 2 + size // 2
         order = {label: budget for label in share.drafters if label in self._always}
         for label in arm:
@@ -176,20 +175,21 @@ class AdaptivePlanner(Planner):
             self._choices = share_out(decoding, self._arms[best], nodes[:, best], num_best + 1)
             self._choice = self._arms[best], max(1, round((num_best + 1) / count))
         self._choose_probe(decoding)
-        self._choose_trial(step, decoding, nodes, rates, float(plain_rate))
+        self._choose_trial(decoding, nodes, rates, float(plain_rate))
 
     def _choose_trial(
         self,
-        step: _Step,
         decoding: Sequence[Share],
         nodes: NDArray[np.float64],
         rates: NDArray[np.float64],
         plain_rate: float,
     ) -> None:
-        """Have this step decode by the second best way now and then, if it may be the best.
+        """Decode by the second best way now and then for a few steps, if it may be the best.
 
-        What the plan never does is never timed, and may have become cheaper than it was.
+        What the plan never does is never timed, and may have become cheaper than it was. A few
+        steps, because the first ones find the processor's caches full of something else.
         """
+        self._present, self._trial_loss = self._choice[0], 0.0
         self._since_trial += 1
         every = 2 if self._num_plans <= _BEYOND_EVERY else _TRIAL_EVERY
         is_due = self._since_trial >= every and self._probe is None
@@ -198,15 +198,16 @@ class AdaptivePlanner(Planner):
         self._since_trial = 0
         if self._choice is PLAIN:
             best, place = (int(index) for index in np.unravel_index(rates.argmax(), rates.shape))
-            step.trial = share_out(decoding, self._arms[best], nodes[:, best], place + 1)
+            choices = share_out(decoding, self._arms[best], nodes[:, best], place + 1)
             # Requests that are alike get as many, so that there may be more than `place + 1`.
-            place = min(sum(size for _, size in step.trial.values()), rates.shape[1]) - 1
-            step.trial_loss = 1.0 - float(rates[best, place]) / plain_rate
+            place = min(sum(size for _, size in choices.values()), rates.shape[1]) - 1
+            choice = self._arms[best], max(1, round((place + 1) / len(decoding)))
+            loss = 1.0 - float(rates[best, place]) / plain_rate
         else:
-            step.trial = dict.fromkeys(ids_of(decoding), PLAIN)
-            step.trial_loss = 1.0 - plain_rate / self._rate
-        if step.trial_loss > _LARGEST_LOSS:
-            step.trial = None
+            choice, choices = PLAIN, dict.fromkeys(ids_of(decoding), PLAIN)
+            loss = 1.0 - plain_rate / self._rate
+        if loss <= _LARGEST_LOSS:
+            self._choice, self._choices, self._trial_loss = choice, choices, max(loss, 0.01)
 
     def _able(self, decoding: Sequence[Share]) -> NDArray[np.bool_]:
         """Return which requests may have all drafters of which way, [B, A, 1]."""
@@ -225,7 +226,7 @@ class AdaptivePlanner(Planner):
             plain_rate: That of plain decoding, which is the way None.
         """
         best = int(rates.argmax())
-        present = self._arms.index(self._choice[0]) if self._choice[0] else None
+        present = self._arms.index(self._present) if self._present else None
         present_rate = plain_rate if present is None else float(rates[present])
         if rates[best] >= _ADVANTAGE * present_rate:
             present, present_rate = best, float(rates[best])
@@ -254,7 +255,7 @@ class AdaptivePlanner(Planner):
             for share, draft in zip(shares, drafts, strict=True)
         ]
         chosen = list(drafts)
-        if self._step.trial is None:
+        if not self._trial_loss:
             chosen = self._best_nodes(shares, self._step)
         self._step.own_s += self._clock() - start_s
         return chosen
@@ -316,19 +317,21 @@ class AdaptivePlanner(Planner):
         step = self._step
         if not has_prompts:
             self._probes.earn(times.total_s)
+        if self._trial_loss:
+            self._probes.pay(self._trial_loss * times.total_s)
         if step is None:
-            if self._pace.is_fresh and not has_prompts:
+            if self._pace.is_settled and not has_prompts:
                 self._learn_costs(shares, scored, times, 0.0)
             return
         start_s = self._clock()
         self._learn_guesses(step, shares, verdicts)
         self._learn_drafting(step, shares, times)
-        if not has_prompts:
+        if self._pace.is_settled and not has_prompts:
             self._learn_costs(shares, scored, times, step.own_s)
         step.own_s += self._clock() - start_s
         self._pace.planned(step.own_s, times.total_s)
-        if step.trial is not None:
-            self._probes.pay(step.trial_loss * times.total_s)
+        if self._trial_loss:
+            self._pace.hold(_TRIAL_STEPS)
         if self._is_probe_wasted:
             self._pace.hurry()
 
@@ -339,7 +342,8 @@ class AdaptivePlanner(Planner):
             shares, step.orders, step.drafts, step.probs, verdicts, strict=True
         ):
             if verdict is not None and order:
-                self._experience.learn(share, order, draft, probs, verdict)
+                period = self._pace.period
+                self._experience.learn(share, order, draft, probs, verdict, period)
 
     def _at_work(self) -> set[tuple[str, str]]:
         """Return who drafts for whom by the plan that held until now."""

@@ -101,6 +101,7 @@ class Experience:
         draft: Draft,
         probs: Sequence[float],
         verdict: Verdict,
+        num_steps: int = 1,
     ) -> None:
         """Learn from one draft of one request.
 
@@ -110,6 +111,8 @@ class Experience:
             draft: What they proposed together, nothing cut away.
             probs: What `path_probs` said of it.
             verdict: What the target said.
+            num_steps: Steps that this one stands for, because there will be as many until the
+                next from which something is learned.
         """
         for label in order:
             self._acceptance[label].fade()
@@ -133,7 +136,9 @@ class Experience:
                 ]
                 worth = np.sort(own)[::-1]
                 num_asked = max(order[label].max_nodes for label in arm)
-                self._gains.learn(_request(share), index, worth, min(num_asked, self._max_nodes))
+                self._gains.learn(
+                    _request(share), index, worth, min(num_asked, self._max_nodes), num_steps
+                )
 
     def _learn_boasts(
         self, sources: Sequence[Sequence[str]], draft: Draft, probs: Sequence[float]

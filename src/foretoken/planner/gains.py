@@ -12,6 +12,7 @@ MOST_PAIRED = 4  # drafters up to which every two of them are a way of their own
 
 _RATE_OF_REQUEST = 0.15  # weight of the newest draft of a request ...
 _RATE_OF_ALL = 0.03  # ... and of the newest draft of anybody
+_LARGEST_RATE = 0.2  # however many steps a draft stands for
 _PRIOR_DRAFTS = 2.0  # drafts that what was known before is worth, when there are none yet
 _NUM_CLASSES = 5  # of temperature: guesses come true less often where more is left to chance
 
@@ -82,7 +83,12 @@ class Gains:
         return gains
 
     def learn(
-        self, request: tuple[str, int], arm: int, probs: NDArray[np.float64], num_asked: int
+        self,
+        request: tuple[str, int],
+        arm: int,
+        probs: NDArray[np.float64],
+        num_asked: int,
+        num_steps: int = 1,
     ) -> None:
         """Learn what one draft of a request was worth.
 
@@ -91,6 +97,7 @@ class Gains:
             arm: Index of the way it was drafted.
             probs: Probability that each of its nodes is reached, the largest first.
             num_asked: Nodes that it could have had; at most N.
+            num_steps: Steps that this draft stands for.
         """
         row, kind = self._row(*request)
         probs = probs[:num_asked]
@@ -99,7 +106,9 @@ class Gains:
             (self._of_all, self._all_counts, kind, _RATE_OF_ALL),
         ):
             counts[at, arm] += 1
-            rate = max(least, 1.0 / (counts[at, arm] + _PRIOR_DRAFTS))
+            rate = max(
+                min(_LARGEST_RATE, least * num_steps), 1.0 / (counts[at, arm] + _PRIOR_DRAFTS)
+            )
             asked = gains[at, arm, :num_asked]
             asked *= 1.0 - rate
             asked[: len(probs)] += rate * probs

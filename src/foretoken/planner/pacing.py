@@ -10,6 +10,8 @@ PROBING_SHARE = 0.01  # of it, at most, for drafters that are tried and not expe
 
 _FIRST_PLANS = 8  # are made step by step, however short steps are
 _MOST_STEPS = 64  # from one plan to the next
+_UNSETTLED_STEPS = 2  # after a plan and the first step by it
+_LEARNED_EVERY = 4  # steps between plans
 _RATE = 0.1  # weight of the newest plan's price
 _FIRST_CREDIT = 4.0  # steps whose time may be spent on probing at once
 _MOST_CREDIT_S = 0.2
@@ -38,9 +40,21 @@ class Pace:
         return is_due
 
     @property
-    def is_fresh(self) -> bool:
-        """Whether this is the step right after a plan: what it takes is free of planning."""
-        return self._steps_left == self._period - 2
+    def period(self) -> int:
+        """Steps for which the last plan was made."""
+        return self._period
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether this step's time is one to learn from.
+
+        It is free of planning, and of what was done otherwise before. Where every step is planned,
+        none is; they are large, and planning small beside them. Of many steps some will do.
+        """
+        if self._period <= 2:
+            return True
+        is_usual = self._steps_left < self._period - _UNSETTLED_STEPS
+        return is_usual and (self._steps_left < 2 or self._steps_left % _LEARNED_EVERY == 0)
 
     def planned(self, plan_s: float, step_s: float) -> None:
         """Learn what planning took in a step, and what the whole step took."""
@@ -51,6 +65,11 @@ class Pace:
         price = self._plan_s / max(1e-9, allowed_s)
         self._period = 1 if self._num_plans < _FIRST_PLANS else int(min(_MOST_STEPS, 1 + price))
         self._steps_left = self._period - 1
+
+    def hold(self, num_steps: int) -> None:
+        """Have the next plan made after so many steps, this one counted."""
+        self._period = num_steps
+        self._steps_left = num_steps - 1
 
     def hurry(self) -> None:
         """Have the next step planned."""
