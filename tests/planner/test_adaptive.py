@@ -117,7 +117,8 @@ def test_a_level_that_does_not_pay_is_not_drafted():
     planner = simulated.planner()
     simulated.run(planner, num_steps=200)
     share = SimulatedShare("r0", ("model",), DraftBudget(max_nodes=16, max_depth=16))
-    budget = planner.order([share])[0]["model"]
+    orders = (planner.order([share])[0] for _ in range(20))  # some are trials of other ways
+    budget = next(order["model"] for order in orders if "model" in order)
     # A level takes about a quarter of a pass, in which plain decoding makes a quarter of a token.
     assert 0.1 < budget.min_gain < 0.6
 

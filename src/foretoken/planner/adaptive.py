@@ -368,15 +368,11 @@ class AdaptivePlanner(Planner):
         for label, seconds in times.draft_s.items():
             if label in self._always:
                 continue
-            served = [
-                (share.request_id, draft)
-                for share, order, draft in zip(shares, step.orders, step.drafts, strict=True)
-                if label in order
-            ]
+            parts = zip(ids_of(shares), step.orders, step.drafts, strict=True)
+            served = [(key, draft) for key, order, draft in parts if label in order]
             is_caught_up = all((label, request_id) in step.at_work for request_id, _ in served)
-            is_usual = self._drafting.learn(
-                label, [draft for _, draft in served], seconds, is_caught_up=is_caught_up
-            )
+            drafts = [draft for _, draft in served]
+            is_usual = self._drafting.learn(label, drafts, seconds, is_caught_up=is_caught_up)
             if self._probe == label:
                 self._probes.pay(seconds, label)
                 self._is_probe_wasted = not (is_usual or self._drafting.is_known(label))

@@ -8,7 +8,7 @@ NOISE = 0.01  # variance of the logarithm of a pass's time about what was expect
 LEVEL_DRIFT = 7e-5  # added variance of the level with each pass: about 12 passes count
 SLOPE_DRIFT = 3e-6  # and of the slope, which hardly changes
 LEVEL_VARIANCE, SLOPE_VARIANCE = 1.0, 0.005  # before the first pass
-LARGEST_DEVIATION = 0.4  # more is taken for this: one pass that was interrupted says little
+LARGEST_DEVIATION = 0.25  # more is taken for this: one pass that was interrupted says little
 
 
 class Correction:

@@ -129,11 +129,21 @@ class Gains:
                 self._of_request = _longer(self._of_request, more)
                 self._counts = _longer(self._counts, more)
             row = self._free.pop()
+            if not self._all_counts[kind].any():
+                self._adopt(kind)
             self._of_request[row] = self._of_all[kind]
             # What others have shown counts as much as a few drafts of its own.
             self._counts[row] = np.minimum(self._all_counts[kind], _PRIOR_DRAFTS)
             found = self._rows[request_id] = (row, kind)
         return found
+
+    def _adopt(self, kind: int) -> None:
+        """Begin a class of temperature with what the next one has shown, if any has."""
+        known = [other for other in range(_NUM_CLASSES) if self._all_counts[other].any()]
+        if known:
+            nearest = min(known, key=lambda other: abs(other - kind))
+            self._of_all[kind] = self._of_all[nearest]
+            self._all_counts[kind] = np.minimum(self._all_counts[nearest], _PRIOR_DRAFTS)
 
 
 def _prior_gains(arm: Arm, max_nodes: int, first_guess: Mapping[str, float]) -> NDArray[np.float64]:

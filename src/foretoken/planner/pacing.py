@@ -67,9 +67,13 @@ class Pace:
         self._steps_left = self._period - 1
 
     def hold(self, num_steps: int) -> None:
-        """Have the next plan made after so many steps, this one counted."""
-        self._period = num_steps
-        self._steps_left = num_steps - 1
+        """Have the next plan made after so many steps, this one counted, if it would come later.
+
+        Where nearly every step is planned, one says as much as several.
+        """
+        if self._period > num_steps:
+            self._period = num_steps
+            self._steps_left = num_steps - 1
 
     def hurry(self) -> None:
         """Have the next step planned."""

@@ -1,0 +1,204 @@
+"""What the planner learns: acceptance, worth of drafts, corrections of costs, and its own pace."""
+
+import math
+import random
+
+import numpy as np
+import pytest
+
+from foretoken.core.draft import Draft
+from foretoken.core.tree import TokenTree
+from foretoken.planner.acceptance import Acceptance, judged_nodes
+from foretoken.planner.cost_correction import Correction
+from foretoken.planner.gains import Gains, list_arms, temperature_class
+from foretoken.planner.pacing import PLANNING_SHARE, PROBING_SHARE, Pace, Probes
+
+# -- acceptance ----------------------------------------------------------------------------------
+
+
+def test_a_guess_is_first_taken_at_its_own_word():
+    acceptance = Acceptance()
+    assert acceptance.estimate(1, 0, math.log(0.3)) == pytest.approx(0.3)
+    assert acceptance.estimate(1, 0, 0.0) == pytest.approx(0.9)  # nobody is certain
+
+
+def test_estimates_come_to_what_is_seen_by_confidence_depth_and_rank():
+    acceptance, rng = Acceptance(), random.Random(0)
+    rates = {(1, 0, 0.7): 0.9, (1, 1, 0.7): 0.2, (6, 0, 0.7): 0.5, (1, 0, 0.1): 0.05}
+    for _ in range(600):
+        for (depth, rank, claim), rate in rates.items():
+            acceptance.learn(depth, rank, math.log(claim), rng.random() < rate)
+    for (depth, rank, claim), rate in rates.items():
+        estimate = acceptance.estimate(depth, rank, math.log(claim))
+        # 600 draws have a standard error of at most 0.02; the prior weighs 3 %.
+        assert estimate == pytest.approx(rate, abs=0.09)
+
+
+def test_what_was_learned_fades():
+    acceptance = Acceptance()
+    for is_taken in [True] * 300 + [False] * 300:
+        acceptance.fade()
+        acceptance.learn(1, 0, -0.1, is_taken)
+    assert acceptance.estimate(1, 0, -0.1) < 0.2
+
+
+def test_weights_never_overflow():
+    acceptance = Acceptance()
+    for _ in range(20_000):
+        acceptance.fade()
+    acceptance.learn(1, 0, -0.1, True)
+    assert 0.0 < acceptance.estimate(1, 0, -0.1) <= 1.0
+
+
+def test_only_nodes_below_what_was_said_are_judged():
+    #        1 ── 2 ── 3        said: 2, 9
+    #        └─── 4 ── 5
+    tree = TokenTree((1, 2, 3, 4, 5), (-1, 0, 1, 0, 3))
+    draft = Draft.from_drafter("it", tree)
+    assert judged_nodes(draft, (2, 9)) == [(1, 1, 0, True), (3, 1, 1, False), (2, 2, 0, False)]
+    assert judged_nodes(draft, (7,)) == [(1, 1, 0, False), (3, 1, 1, False)]
+    # The token after the last that was said is not known.
+    assert judged_nodes(draft, (2,)) == [(1, 1, 0, True), (3, 1, 1, False)]
+
+
+# -- worth of drafts -----------------------------------------------------------------------------
+
+
+def make_gains(first_guess=0.5, max_nodes=6):
+    labels = ("a", "b")
+    return Gains(list_arms(labels), max_nodes, dict.fromkeys(labels, first_guess))
+
+
+def test_ways_are_each_alone_pairs_of_a_few_and_all():
+    assert list_arms(["a"]) == [("a",)]
+    assert list_arms(["a", "b"]) == [("a",), ("b",), ("a", "b")]
+    assert len(list_arms("abcd")) == 4 + 6 + 1
+    assert len(list_arms("abcde")) == 5 + 1
+
+
+def test_nodes_that_were_not_asked_for_keep_what_was_known_of_them():
+    gains = make_gains()
+    before = gains.of([("r", 0)])[0, 0].copy()
+    for _ in range(50):
+        gains.learn(("r", 0), 0, np.array([0.9]), 2)
+    after = gains.of([("r", 0)])[0, 0]
+    assert after[0] == pytest.approx(0.9, abs=0.02)
+    assert after[1] == pytest.approx(0.0, abs=0.02)  # asked for, and not proposed
+    np.testing.assert_allclose(after[2:], before[2:])
+
+
+def test_a_union_is_worth_no_more_than_its_parts_together():
+    gains = make_gains(first_guess=0.9)
+    for arm in (0, 1):
+        for _ in range(60):
+            gains.learn(("r", 0), arm, np.array([0.3, 0.1]), 6)
+    union = gains.of([("r", 0)])[0, 2]
+    np.testing.assert_allclose(union, [0.3, 0.3, 0.1, 0.1, 0.0, 0.0], atol=0.03)
+
+
+def test_a_new_request_begins_with_what_others_of_its_temperature_have_shown():
+    gains = make_gains()
+    for index in range(60):
+        gains.learn((f"g{index}", 0), 0, np.array([0.95, 0.9]), 6)
+        gains.learn((f"s{index}", 2), 0, np.array([0.1]), 6)
+        gains.forget(f"g{index}")
+        gains.forget(f"s{index}")
+    assert gains.of([("new", 0)])[0, 0, 0] > 0.8
+    assert gains.of([("other", 2)])[0, 0, 0] < 0.25
+    # A temperature of which nothing is known begins with the nearest.
+    assert gains.of([("hot", 3)])[0, 0, 0] < 0.25
+
+
+def test_rows_of_forgotten_requests_are_used_again():
+    gains = make_gains()
+    for index in range(100):
+        gains.of([(f"r{index}", 0)])
+        gains.forget(f"r{index}")
+        gains.forget(f"r{index}")
+    assert len(gains._counts) == 4
+
+
+@pytest.mark.parametrize(
+    ("temperature", "kind"), [(0.0, 0), (0.3, 1), (0.7, 2), (1.0, 3), (1.5, 4), (9.0, 4)]
+)
+def test_classes_of_temperature(temperature, kind):
+    assert temperature_class(temperature) == kind
+
+
+# -- corrections of costs ------------------------------------------------------------------------
+
+
+def test_passes_of_one_size_move_the_level_and_contrast_shows_the_slope():
+    correction, rng = Correction(), random.Random(0)
+    for _ in range(300):
+        correction.observe(38, 1.5 * math.exp(0.05 * rng.gauss(0, 1)))
+    assert correction.factor(38) == pytest.approx(1.5, rel=0.05)
+    assert correction.factor(8) > 1.2  # nothing speaks against it
+    for _ in range(20):
+        for _ in range(8):
+            correction.observe(38, 1.5 * math.exp(0.05 * rng.gauss(0, 1)))
+        correction.observe(8, 0.9 * math.exp(0.05 * rng.gauss(0, 1)))
+    assert correction.factor(38) == pytest.approx(1.5, rel=0.05)
+    assert correction.factor(8) == pytest.approx(0.9, rel=0.08)
+
+
+def test_one_interrupted_pass_says_little():
+    correction = Correction()
+    for _ in range(100):
+        correction.observe(8, 1.0)
+    correction.observe(8, 1000.0)
+    assert correction.factor(8) < 1.1  # as if it had been a quarter slower
+
+
+# -- pace ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step_s", [0.0005, 0.005, 0.2])
+def test_planning_stays_under_its_share(step_s):
+    pace, planned_s, total_s = Pace(), 0.0, 0.0
+    for step in range(4000):
+        if pace.begins_plan(1):
+            pace.planned(0.0004, step_s + 0.0004)
+            planned_s += 0.0004 if step >= 100 else 0.0
+        total_s += step_s if step >= 100 else 0.0
+    assert 0 < planned_s <= max(PLANNING_SHARE * total_s, 0.0004 * 3900 / 64 * 1.1)
+    assert planned_s / 3900 <= 125e-6 * 1.05
+
+
+def test_a_change_of_the_batch_is_planned_at_once():
+    pace = Pace()
+    for _ in range(50):
+        if pace.begins_plan(1):
+            pace.planned(0.001, 0.002)
+    assert not pace.begins_plan(1)
+    assert pace.begins_plan(2)
+
+
+def test_steps_to_learn_from_are_free_of_planning():
+    pace = Pace()
+    for _ in range(400):
+        is_planned = pace.begins_plan(1)
+        if is_planned:
+            pace.planned(0.0004, 0.001)
+        assert not (is_planned and pace.is_settled) or pace.period <= 2
+
+
+def test_trials_stay_under_their_share_and_take_turns():
+    probes, spent_s, tried = Probes(["a", "b", "c"]), 0.0, []
+    for _ in range(5000):
+        probes.earn(0.001)
+        label = probes.pick({"a"}, {"a", "b", "c"})
+        if label is not None:
+            tried.append(label)
+            probes.pay(0.0008, label)
+            spent_s += 0.0008
+    assert spent_s <= PROBING_SHARE * 5.0 + 0.006
+    assert "a" not in tried
+    assert abs(tried.count("b") - tried.count("c")) <= 1
+
+
+def test_a_drafter_that_no_request_may_have_is_not_tried():
+    probes = Probes(["a", "b"])
+    probes.earn(1.0)
+    assert probes.pick(set(), {"b"}) == "b"
+    assert probes.pick(set(), set()) is None
