@@ -47,7 +47,7 @@ class Correction:
         level_gain = self._level_variance + self._cross * x
         slope_gain = self._cross + self._slope_variance * x
         total = level_gain + slope_gain * x + NOISE
-        if self._level_variance < NOISE:  # there is something to compare an outlier with
+        if total < 2 * NOISE:  # what was expected is known well enough to tell an outlier
             deviation = max(-LARGEST_DEVIATION, min(LARGEST_DEVIATION, deviation))
         self.level += deviation * level_gain / total
         self.slope += deviation * slope_gain / total
