@@ -372,6 +372,16 @@ def test_adaptive_output_is_that_of_plain_decoding(folders):
     check_idle(auto.engine)
 
 
+def test_an_adaptive_plan_takes_drafters_made_of_others(folders):
+    """Their nodes carry the names of inner drafters, of which the planner knew nothing."""
+    spec = "merged:of=suffix+prompt-lookup"
+    llm = build(folders[0], drafters=[spec], adaptive=True)
+    params = greedy(24)
+    for _ in range(2):
+        got, wanted = llm.generate(PROMPTS, params), llm.generate(PROMPTS, params, drafters="none")
+        assert [it.token_ids for it in got] == [it.token_ids for it in wanted]
+
+
 def test_references_are_for_all_or_one_each_and_change_nothing(folders):
     llm = build(folders[0], drafters="suffix")
     plain = llm.generate(PROMPTS, greedy(20), drafters="none")

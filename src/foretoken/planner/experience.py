@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -60,10 +61,12 @@ class Experience:
     ) -> None:
         self._arms = arms
         self._max_nodes = max_nodes
-        self._acceptance = {label: Acceptance() for label in labels}
+        self._labels = frozenset(labels)
+        # By the names that nodes carry: those of inner drafters join as they come.
+        self._acceptance = defaultdict(Acceptance, {label: Acceptance() for label in labels})
         self._gains = Gains(arms, max_nodes, first_guess)
         self._luck: dict[tuple[str, str], _Luck] = {}
-        self._boast = dict.fromkeys(labels, 0.0)  # logarithms
+        self._boast: defaultdict[str, float] = defaultdict(float)  # logarithms
 
     def boast(self, label: str) -> float:
         """Return what a drafter says its deepest guesses are worth, per token they are worth."""
@@ -127,6 +130,12 @@ class Experience:
                 acceptance.learn(depth, rank, logprob, is_taken)
         sources = [source_names(name) for name in draft.source]
         self._learn_boasts(sources, draft, probs)
+        # Nodes of drafters made of others carry the inner names; they are of who gives no own.
+        given = {name for names in sources for name in names}
+        silent = [label for label in order if label not in given]
+        sources = [
+            names if self._labels.issuperset(names) else [*names, *silent] for names in sources
+        ]
         for index, arm in enumerate(self._arms):
             if all(label in order for label in arm):
                 own = [
