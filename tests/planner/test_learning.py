@@ -183,6 +183,15 @@ def test_steps_to_learn_from_are_free_of_planning():
         assert not (is_planned and pace.is_settled) or pace.period <= 2
 
 
+def test_a_first_plan_that_waited_for_its_code_does_not_space_the_next_ones():
+    pace = Pace()
+    for plan_s in [0.05] + [0.0004] * 20:
+        while not pace.begins_plan(1):
+            pass
+        pace.planned(plan_s, plan_s + 0.02)
+    assert pace.period == 4  # 0.4 ms each, 0.125 ms a step
+
+
 def test_trials_stay_under_their_share_and_take_turns():
     probes, spent_s, tried = Probes(["a", "b", "c"]), 0.0, []
     for _ in range(5000):

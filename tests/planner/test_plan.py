@@ -30,10 +30,15 @@ def test_adaptive_is_true_false_or_nothing():
 
 
 @pytest.mark.parametrize(
-    ("num_wanted", "max_depth"), [(0, 0), (1, 0), (2, 1), (9, 8), (500, 499), (-3, 0)]
+    ("num_wanted", "max_depth"), [(0, 0), (1, 0), (2, 1), (6, 5), (7, 6), (500, 6), (-3, 0)]
 )
 def test_budget_leaves_one_token_to_the_target(num_wanted, max_depth):
     assert Plan(max_nodes=6).budget(num_wanted) == DraftBudget(max_nodes=6, max_depth=max_depth)
+
+
+def test_most_steps_of_a_request_have_the_very_same_budget():
+    plan = Plan(max_nodes=6)
+    assert plan.budget(100) is plan.budget(99)
 
 
 def test_no_nodes_is_plain_decoding():

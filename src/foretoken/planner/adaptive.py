@@ -9,14 +9,15 @@ from time import perf_counter
 import numpy as np
 from numpy.typing import NDArray
 
-from foretoken.core.draft import Draft, source_names
+from foretoken.core.draft import Draft, DraftBudget, source_names
 from foretoken.core.verdict import Verdict
 from foretoken.planner.base import Order, Planner, Share, StepTimes
-from foretoken.planner.choices import PLAIN, Choice, ids_of, share_out
+from foretoken.planner.choices import PLAIN, Choice, ids_of, keep_best, share_out
 from foretoken.planner.cost import CostModel
 from foretoken.planner.drafting import Drafting
 from foretoken.planner.experience import Experience
 from foretoken.planner.gains import Arm, list_arms
+from foretoken.planner.outlook import Formula, Outlook
 from foretoken.planner.pacing import Pace, Probes
 
 _ADVANTAGE = 1.02  # how much better a way has to be than the present one to replace it
@@ -86,13 +87,16 @@ class AdaptivePlanner(Planner):
         self._clock = clock
         self._always = frozenset(always)
         self._max_nodes = max_nodes
+        self._labels = tuple(labels)
         self._arms = list_arms(labels)
+        self._formula = Formula(self._arms, labels)
         self._experience = Experience(self._arms, (*labels, *always), max_nodes, first_guess)
         self._drafting = Drafting(cost)
         self._pace, self._probes = Pace(), Probes(labels)
         # The plan that holds: a way to draft and its size, and what it is for each request.
         self._choice = PLAIN
         self._choices: dict[str, Choice] = {}
+        self._orders: dict[str, tuple[DraftBudget | None, Order]] = {}  # by the plan that holds
         self._present: Arm = ()  # what it prefers, which a trial may replace for some steps
         self._trial_loss = 0.0  # share of their time that the steps of a trial may waste
         self._rate = 0.0  # tokens per millisecond that it promises
@@ -113,14 +117,22 @@ class AdaptivePlanner(Planner):
             start_s = self._clock()
             self._step = _Step(self._at_work())
             self._num_plans += 1
-            self._plan(shares, decoding, self._step)
+            self._plan(decoding, self._step)
+            self._orders.clear()
             self._has_always = any(self._always.intersection(it.drafters) for it in decoding)
             self._step.orders = [self._order(share) for share in shares]
             self._step.own_s = self._clock() - start_s
             return self._step.orders
         if self._choice is not PLAIN or self._has_always:
-            return [self._order(share) for share in shares]
+            return [self._usual_order(share) for share in shares]
         return [{}] * len(shares)
+
+    def _usual_order(self, share: Share) -> Order:
+        """Return the order of a step that is not planned; the last one, if bounds are the same."""
+        kept = self._orders.get(share.request_id)
+        if kept is None or kept[0] is not share.budget:
+            kept = self._orders[share.request_id] = share.budget, self._order(share)
+        return kept[1]
 
     def _order(self, share: Share) -> Order:
         budget = share.budget
@@ -153,35 +165,43 @@ class AdaptivePlanner(Planner):
         gain = self._rate * self._drafting.level_ms(label, count) / count
         return gain * self._experience.boast(label)
 
-    def _plan(self, shares: Sequence[Share], decoding: Sequence[Share], step: _Step) -> None:
+    def _plan(self, decoding: Sequence[Share], step: _Step) -> None:
         """Choose the way to draft, and its size for each request."""
         self._num_decoding = count = len(decoding)
-        table_ms, num_fixed = self._step_table(shares, count * self._max_nodes)
-        step_ms = table_ms[num_fixed:]  # [1 + B * N]
-        sizes = np.arange(1, len(step_ms)) / count
-        draft_ms = np.array(  # [A, B * N]
-            [self._drafting.expect_ms(arm, count, sizes, step_ms[0]) for arm in self._arms]
-        )
-        plain_rate = count / step_ms[0]
-        nodes = self._experience.gains(decoding) * self._able(decoding)  # [B, A, N]
-        pooled = np.sort(-nodes.swapaxes(0, 1).reshape(len(self._arms), -1))  # [A, B * N]
-        gains = count - np.cumsum(pooled, axis=1)
-        rates = gains / (step_ms[1:] + draft_ms)
-        best, self._rate = self._best_arm(rates.max(axis=1), float(plain_rate))
+        # As if no prompts were read beside: the plan holds for the steps after this one, too.
+        step_ms = self._step_ms(decoding, count, count * self._max_nodes)  # [1 + B * N]
+        plain_rate = count / float(step_ms[0])
+        prices = self._drafting.prices(self._labels, count, float(step_ms[0]))
+        gains = self._experience.gains(decoding)  # [B, A, N]
+        able = self._able(decoding)  # [B, A]
+        outlook = self._formula.outlook(gains, able, prices, step_ms)
         self._choice, self._choices = PLAIN, dict.fromkeys(ids_of(decoding), PLAIN)
+        best, self._rate = self._best_arm(outlook.rates, plain_rate)
         if best is not None:
-            num_best = int(rates[best].argmax())
-            step.draft_ms = float(draft_ms[best, num_best])
-            self._choices = share_out(decoding, self._arms[best], nodes[:, best], num_best + 1)
-            self._choice = self._arms[best], max(1, round((num_best + 1) / count))
+            step.draft_ms = float(outlook.draft_ms[best])
+            self._choose_arm(decoding, best, int(outlook.sizes[best]), gains, able)
         self._choose_probe(decoding)
-        self._choose_trial(decoding, nodes, rates, float(plain_rate))
+        self._choose_trial(decoding, outlook, gains, able, plain_rate)
+
+    def _choose_arm(
+        self,
+        decoding: Sequence[Share],
+        arm: int,
+        size: int,
+        gains: NDArray[np.float64],
+        able: NDArray[np.bool_],
+    ) -> None:
+        """Have requests draft in one way, so many tokens in all."""
+        nodes = gains[:, arm] * able[:, arm, None]
+        self._choices = share_out(decoding, self._arms[arm], nodes, size)
+        self._choice = self._arms[arm], max(1, round(size / len(decoding)))
 
     def _choose_trial(
         self,
         decoding: Sequence[Share],
-        nodes: NDArray[np.float64],
-        rates: NDArray[np.float64],
+        outlook: Outlook,
+        gains: NDArray[np.float64],
+        able: NDArray[np.bool_],
         plain_rate: float,
     ) -> None:
         """Decode by the second best way now and then for a few steps, if it may be the best.
@@ -196,27 +216,25 @@ class AdaptivePlanner(Planner):
         if not is_due or not self._probes.has_credit:
             return
         self._since_trial = 0
+        best = int(outlook.rates.argmax())
+        best_rate = float(outlook.rates[best])
+        loss = 1.0 - min(best_rate, plain_rate) / max(best_rate, plain_rate)
+        if loss > _LARGEST_LOSS:
+            return
+        self._trial_loss = max(loss, 0.01)
         if self._choice is PLAIN:
-            best, place = (int(index) for index in np.unravel_index(rates.argmax(), rates.shape))
-            choices = share_out(decoding, self._arms[best], nodes[:, best], place + 1)
-            # Requests that are alike get as many, so that there may be more than `place + 1`.
-            place = min(sum(size for _, size in choices.values()), rates.shape[1]) - 1
-            choice = self._arms[best], max(1, round((place + 1) / len(decoding)))
-            loss = 1.0 - float(rates[best, place]) / plain_rate
+            self._choose_arm(decoding, best, int(outlook.sizes[best]), gains, able)
         else:
-            choice, choices = PLAIN, dict.fromkeys(ids_of(decoding), PLAIN)
-            loss = 1.0 - plain_rate / self._rate
-        if loss <= _LARGEST_LOSS:
-            self._choice, self._choices, self._trial_loss = choice, choices, max(loss, 0.01)
+            self._choice, self._choices = PLAIN, dict.fromkeys(ids_of(decoding), PLAIN)
 
     def _able(self, decoding: Sequence[Share]) -> NDArray[np.bool_]:
-        """Return which requests may have all drafters of which way, [B, A, 1]."""
+        """Return which requests may have all drafters of which way, [B, A]."""
         by_drafters = {tuple(share.drafters): None for share in decoding}
         able = {
             drafters: [all(label in drafters for label in arm) for arm in self._arms]
             for drafters in by_drafters
         }
-        return np.array([able[tuple(share.drafters)] for share in decoding])[:, :, None]
+        return np.array([able[tuple(share.drafters)] for share in decoding])
 
     def _best_arm(self, rates: NDArray[np.float64], plain_rate: float) -> tuple[int | None, float]:
         """Return the way to draft and its rate; the present one stays unless another is better.
@@ -274,33 +292,11 @@ class AdaptivePlanner(Planner):
     def _best_nodes(self, shares: Sequence[Share], step: _Step) -> list[Draft]:
         """Return the drafts with the n likeliest nodes of all of them, for the best n."""
         scouts = [draft.scout_paths() for draft in step.drafts]
-        pooled = [
-            prob
-            for probs, kept in zip(step.probs, scouts, strict=True)
-            for node, prob in enumerate(probs)
-            if node and node not in kept
-        ]
         num_scouts = sum(len(kept) - 1 for kept in scouts if kept)
-        count = self._num_decoding
-        ordered = np.sort(pooled)[::-1]
-        gains = np.concatenate(([0.0], np.cumsum(ordered)))
-        table_ms, num_fixed = self._step_table(shares, len(pooled) + num_scouts)
-        step_ms = table_ms[num_fixed + num_scouts :]
-        rates = (count + gains) / (step_ms + step.draft_ms)
-        num_best = int(rates.argmax())
-        if num_best == len(pooled):
-            return list(step.drafts)
-        least = ordered[num_best - 1] if num_best else np.inf
-        return [
-            draft.keep(
-                [
-                    node
-                    for node, prob in enumerate(probs)
-                    if not node or prob >= least or node in kept
-                ]
-            )
-            for draft, probs, kept in zip(step.drafts, step.probs, scouts, strict=True)
-        ]
+        num_nodes = sum(draft.tree.num_draft_tokens for draft in step.drafts) - num_scouts
+        num_rows = sum(share.num_rows for share in shares) + num_scouts
+        cost_ms = self._step_ms(shares, num_rows, num_nodes) + step.draft_ms
+        return keep_best(step.drafts, step.probs, scouts, self._num_decoding, cost_ms)
 
     # -- after the step ----------------------------------------------------------------------
 
@@ -374,23 +370,30 @@ class AdaptivePlanner(Planner):
             drafts = [draft for _, draft in served]
             is_usual = self._drafting.learn(label, drafts, seconds, is_caught_up=is_caught_up)
             if self._probe == label:
-                self._probes.pay(seconds, label)
+                # Its very first draft loads its code, which comes but once.
+                self._probes.pay(seconds if self._drafting.is_warm(label) else 0.0, label)
                 self._is_probe_wasted = not (is_usual or self._drafting.is_known(label))
 
-    def _step_table(
-        self, shares: Sequence[Share], num_nodes: int
-    ) -> tuple[NDArray[np.float64], int]:
-        """Return what a step of r rows takes besides drafting, and the rows without drafts."""
-        num_requests = len(shares)
-        num_fixed = sum(share.num_rows for share in shares)
+    def _step_ms(
+        self, shares: Sequence[Share], num_fixed: int, num_nodes: int
+    ) -> NDArray[np.float64]:
+        """Return what a step takes besides drafting, [1 + num_nodes].
+
+        Args:
+            shares: Of the requests that take part.
+            num_fixed: Rows that there are in any case.
+            num_nodes: Rows that there may be beside them.
+        """
+        num_requests, num_rows = len(shares), num_fixed + num_nodes
         num_keys = sum(share.num_keys for share in shares)
-        num_rows = num_fixed + num_nodes
         pass_ms = self._cost.row_table(num_rows, num_keys, num_requests)
         none_ms = self._cost.overhead_ms(num_requests, 0)
         row_ms = self._cost.overhead_ms(num_requests, 1) - none_ms
-        return pass_ms + (none_ms + row_ms * np.arange(num_rows + 1)), num_fixed
+        step_ms: NDArray[np.float64] = pass_ms + (none_ms + row_ms * np.arange(num_rows + 1))
+        return step_ms[num_fixed:]
 
     def forget(self, request_id: str) -> None:
         """Forget a request that has ended."""
         self._experience.forget(request_id)
         self._choices.pop(request_id, None)
+        self._orders.pop(request_id, None)

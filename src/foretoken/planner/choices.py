@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
+from foretoken.core.draft import Draft
 from foretoken.planner.base import Share
 from foretoken.planner.gains import Arm
 
@@ -33,9 +34,45 @@ def share_out(
     }
 
 
+def keep_best(
+    drafts: Sequence[Draft],
+    probs: Sequence[Sequence[float]],
+    scouts: Sequence[Collection[int]],
+    num_requests: int,
+    cost_ms: NDArray[np.float64],
+) -> list[Draft]:
+    """Return drafts with the n likeliest nodes of all of them, for the n of most tokens per time.
+
+    Args:
+        drafts: As proposed.
+        probs: Of each draft, the probability that each node is reached, the root's included.
+        scouts: Of each draft, the nodes that stay whatever their chances.
+        num_requests: Requests that are given a token of their own.
+        cost_ms: Of a step that keeps 0, 1, ... nodes beside the scouts, all there are at most.
+    """
+    pooled = [
+        prob
+        for own, kept in zip(probs, scouts, strict=True)
+        for node, prob in enumerate(own)
+        if node and node not in kept
+    ]
+    ordered = np.sort(pooled)[::-1]
+    tokens = num_requests + np.concatenate(([0.0], np.cumsum(ordered)))
+    num_best = int((tokens / cost_ms).argmax())
+    if num_best == len(pooled):
+        return list(drafts)
+    least = ordered[num_best - 1] if num_best else np.inf
+    return [
+        draft.keep(
+            [node for node, prob in enumerate(own) if not node or prob >= least or node in kept]
+        )
+        for draft, own, kept in zip(drafts, probs, scouts, strict=True)
+    ]
+
+
 def ids_of(shares: Sequence[Share]) -> list[str]:
     """Return the ids of some requests."""
     return [share.request_id for share in shares]
 
 
-__all__ = ["PLAIN", "Choice", "ids_of", "share_out"]
+__all__ = ["PLAIN", "Choice", "ids_of", "keep_best", "share_out"]

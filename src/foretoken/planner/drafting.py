@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 
 from foretoken.core.draft import Draft, source_names
 from foretoken.planner.cost import CostModel
-from foretoken.planner.gains import Arm
 
 _LEVELS_RATE = 0.2  # weight of the newest draft in the usual depth of a drafter's
 _UNSEEN_SHARE = 0.1  # of a plain pass that a drafter is taken to need until it was seen
@@ -33,27 +32,27 @@ class Drafting:
         self._num_seen: dict[str, int] = {}
         self._num_usual: dict[str, int] = {}
 
-    def expect_ms(
-        self, arm: Arm, num_requests: int, sizes: NDArray[np.float64], plain_ms: float
+    def prices(
+        self, labels: Sequence[str], num_requests: int, plain_ms: float
     ) -> NDArray[np.float64]:
-        """Return the expected time of a way to draft, by the size of drafts.
+        """Return what drafts of some drafters are expected to take, [L, 3].
+
+        Each one's milliseconds of a draft without levels and of a level, and its usual levels.
 
         Args:
-            arm: Its drafters.
+            labels: Of the drafters.
             num_requests: For how many they draft.
-            sizes: Most nodes of each request's draft, which also bounds its levels.
-            plain_ms: Time of a pass without drafts, to guess from where nothing is known.
+            plain_ms: Time of a step without drafts, to guess from where nothing is known.
         """
-        total_ms = np.zeros(len(sizes))
-        for label in arm:
+        prices = np.empty((len(labels), 3))
+        for row, label in enumerate(labels):
             levels = self._levels.get(label)
             if levels is None:
-                total_ms += _UNSEEN_SHARE * plain_ms
+                prices[row] = _UNSEEN_SHARE * plain_ms, 0.0, 0.0
             else:
                 fixed_ms = self._cost.draft_ms(label, num_requests, 0)
-                level_ms = self.level_ms(label, num_requests)
-                total_ms += fixed_ms + level_ms * np.minimum(levels, sizes)
-        return total_ms
+                prices[row] = fixed_ms, self.level_ms(label, num_requests), levels
+        return prices
 
     def level_ms(self, label: str, num_requests: int) -> float:
         """Return the expected time of one more level of a drafter's drafts."""
@@ -64,6 +63,10 @@ class Drafting:
     def is_known(self, label: str) -> bool:
         """Return whether a drafter's time was seen often enough to tell levels from the rest."""
         return self._num_usual.get(label, 0) >= _NUM_TELLING
+
+    def is_warm(self, label: str) -> bool:
+        """Return whether a drafter has drafted before the draft that was learned last."""
+        return self._num_seen.get(label, 0) > _NUM_WARM_UP
 
     def learn(
         self, label: str, drafts: Sequence[Draft], seconds: float, *, is_caught_up: bool

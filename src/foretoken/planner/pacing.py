@@ -11,8 +11,9 @@ PROBING_SHARE = 0.01  # of it, at most, for drafters that are tried and not expe
 _FIRST_PLANS = 8  # are made step by step, however short steps are
 _MOST_STEPS = 64  # from one plan to the next
 _UNSETTLED_STEPS = 2  # after a plan and the first step by it
-_LEARNED_EVERY = 4  # steps between plans
+_LEARNED_EVERY = 8  # steps between plans
 _RATE = 0.1  # weight of the newest plan's price
+_OUTLIER = 4.0  # times what is usual; more counts as no more than that
 _FIRST_CREDIT = 4.0  # steps whose time may be spent on probing at once
 _MOST_CREDIT_S = 0.2
 
@@ -58,9 +59,15 @@ class Pace:
 
     def planned(self, plan_s: float, step_s: float) -> None:
         """Learn what planning took in a step, and what the whole step took."""
-        rate = max(_RATE, 1.0 / self._num_plans)
-        self._plan_s += rate * (plan_s - self._plan_s)
-        self._step_s += rate * (step_s - plan_s - self._step_s)
+        if self._num_plans <= _FIRST_PLANS:
+            # Code is loaded and the machine finds its pace: the least of them says what it takes.
+            self._plan_s = min(plan_s, self._plan_s or plan_s)
+            self._step_s = min(step_s - plan_s, self._step_s or step_s - plan_s)
+        else:
+            # One that was interrupted says little.
+            self._plan_s += _RATE * (min(plan_s, _OUTLIER * self._plan_s) - self._plan_s)
+            step_s = min(step_s - plan_s, _OUTLIER * self._step_s)
+            self._step_s += _RATE * (step_s - self._step_s)
         allowed_s = min(PLANNING_SHARE * self._step_s, PLANNING_S * self._num_requests)
         price = self._plan_s / max(1e-9, allowed_s)
         self._period = 1 if self._num_plans < _FIRST_PLANS else int(min(_MOST_STEPS, 1 + price))

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,12 @@ class Plan:
                 paths longer than the rest would be for nothing.
             max_width: Most children of a node that the verifier takes.
         """
-        return DraftBudget(
-            max_nodes=self.node_limit, max_depth=max(0, num_wanted - 1), max_width=max_width
-        )
+        # No draft is deeper than it has nodes.
+        depth = max(0, min(num_wanted - 1, self.node_limit))
+        return _budget(self.node_limit, depth, max_width)
+
+
+@lru_cache(maxsize=256)
+def _budget(max_nodes: int, max_depth: int, max_width: int | None) -> DraftBudget:
+    """Return bounds, the same object for the same ones: most steps of a request have them."""
+    return DraftBudget(max_nodes=max_nodes, max_depth=max_depth, max_width=max_width)
