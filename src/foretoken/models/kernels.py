@@ -19,7 +19,11 @@ from foretoken.models import llvm, simd
 from foretoken.models.products import CACHE_LINE, PANEL, block_product
 
 LANES = llvm.LANES
-LARGEST_BLOCK = 12  # rows that are multiplied together: their sums fill 24 registers of 32
+# Rows that are multiplied together. Sums of 12 fill 24 registers of 32; with float32 operands the
+# compiler then keeps some in memory, and 12 rows take as long as 20 in blocks of up to 8.
+LARGEST_BLOCK = 12
+LARGEST_SINGLES_BLOCK = 8
+SINGLE_BYTES = 4  # of a float32
 MOST_PANELS = 4  # that one row is multiplied with together
 
 
@@ -105,8 +109,8 @@ def panels_per_task(num_rows, num_panels):
 def multiply(x, x_stride, num_rows, w, base, panel, stop, following, depth, out, stride):
     """Multiply rows with the panels [panel, stop) of a matrix, at most `panels_per_task`.
 
-    Rows are taken in blocks of at most 12, as even as possible: a row alone would keep the
-    processor waiting for each of its sums. The panel that comes next is fetched meanwhile.
+    Rows are taken in blocks, as even as possible: a row alone would keep the processor waiting
+    for each of its sums. The panel that comes next is fetched meanwhile.
 
     Args:
         base: Where in `w` the matrix begins.
@@ -118,7 +122,8 @@ def multiply(x, x_stride, num_rows, w, base, panel, stop, following, depth, out,
         _multiply_one(x, w, w_offset, stop - panel, depth, out, panel * PANEL)
         return
     out_offset = panel * PANEL
-    num_blocks = (num_rows + LARGEST_BLOCK - 1) // LARGEST_BLOCK
+    largest = LARGEST_SINGLES_BLOCK if w.itemsize == SINGLE_BYTES else LARGEST_BLOCK
+    num_blocks = (num_rows + largest - 1) // largest
     line = CACHE_LINE // w.itemsize
     row = 0
     for block in range(num_blocks):
