@@ -206,6 +206,17 @@ def test_trials_stay_under_their_share_and_take_turns():
     assert abs(tried.count("b") - tried.count("c")) <= 1
 
 
+def test_trials_that_change_nothing_become_rarer():
+    probes, tried = Probes(["a", "b"]), []
+    for step in range(130):
+        probes.earn(1.0)
+        if probes.pick({"a"}, {"a", "b"}) is not None:
+            tried.append(step)
+    assert tried == [0, 2, 6, 14, 30, 62, 126]
+    assert probes.pick({"b"}, {"a", "b"}) is not None  # "a" now
+    assert probes.pick({"a"}, {"a", "b"}) == "b"  # as after any other change
+
+
 def test_a_drafter_that_no_request_may_have_is_not_tried():
     probes = Probes(["a", "b"])
     probes.earn(1.0)

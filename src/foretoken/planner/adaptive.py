@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from time import perf_counter
 
@@ -35,15 +35,13 @@ class _Step:
     Args:
         at_work: Drafters that drafted in the step before, with the request that they did it for.
         orders: Who drafts.
-        drafts: As proposed.
-        probs: Of each draft, the probability that each node is reached.
+        probs: Of each proposed draft, the probability that each node is reached.
         draft_ms: What drafting was expected to take.
         own_s: What planning took so far.
     """
 
     at_work: set[tuple[str, str]]
     orders: list[Order] = field(default_factory=list)
-    drafts: Sequence[Draft] = ()
     probs: list[list[float]] = field(default_factory=list)
     draft_ms: float = 0.0
     own_s: float = 0.0
@@ -106,6 +104,7 @@ class AdaptivePlanner(Planner):
         self._probe: str | None = None
         self._is_probe_wasted = False  # it had to read what it had missed first
         self._step: _Step | None = None  # if this one is planned
+        self._proposed: Sequence[Draft] = ()  # in this one, before anything was cut away
 
     # -- before drafting ---------------------------------------------------------------------
 
@@ -264,10 +263,10 @@ class AdaptivePlanner(Planner):
 
     def choose(self, shares: Sequence[Share], drafts: Sequence[Draft]) -> list[Draft]:
         """Return the drafts cut down to the nodes that are worth their rows."""
+        self._proposed = drafts
         if self._step is None:
             return [self._within(share, draft) for share, draft in zip(shares, drafts, strict=True)]
         start_s = self._clock()
-        self._step.drafts = drafts
         self._step.probs = [
             self._experience.path_probs(share, draft)
             for share, draft in zip(shares, drafts, strict=True)
@@ -291,12 +290,12 @@ class AdaptivePlanner(Planner):
 
     def _best_nodes(self, shares: Sequence[Share], step: _Step) -> list[Draft]:
         """Return the drafts with the n likeliest nodes of all of them, for the best n."""
-        scouts = [draft.scout_paths() for draft in step.drafts]
+        scouts = [draft.scout_paths() for draft in self._proposed]
         num_scouts = sum(len(kept) - 1 for kept in scouts if kept)
-        num_nodes = sum(draft.tree.num_draft_tokens for draft in step.drafts) - num_scouts
+        num_nodes = sum(draft.tree.num_draft_tokens for draft in self._proposed) - num_scouts
         num_rows = sum(share.num_rows for share in shares) + num_scouts
         cost_ms = self._step_ms(shares, num_rows, num_nodes) + step.draft_ms
-        return keep_best(step.drafts, step.probs, scouts, self._num_decoding, cost_ms)
+        return keep_best(self._proposed, step.probs, scouts, self._num_decoding, cost_ms)
 
     # -- after the step ----------------------------------------------------------------------
 
@@ -318,10 +317,12 @@ class AdaptivePlanner(Planner):
         if step is None:
             if self._pace.is_settled and not has_prompts:
                 self._learn_costs(shares, scored, times, 0.0)
+                orders = [self._usual_order(share) for share in shares] if times.draft_s else []
+                self._learn_drafting(shares, orders, self._proposed, times, None)
             return
         start_s = self._clock()
         self._learn_guesses(step, shares, verdicts)
-        self._learn_drafting(step, shares, times)
+        self._learn_drafting(shares, step.orders, self._proposed, times, step.at_work)
         if self._pace.is_settled and not has_prompts:
             self._learn_costs(shares, scored, times, step.own_s)
         step.own_s += self._clock() - start_s
@@ -335,7 +336,7 @@ class AdaptivePlanner(Planner):
         self, step: _Step, shares: Sequence[Share], verdicts: Sequence[Verdict | None]
     ) -> None:
         for share, order, draft, probs, verdict in zip(
-            shares, step.orders, step.drafts, step.probs, verdicts, strict=True
+            shares, step.orders, self._proposed, step.probs, verdicts, strict=True
         ):
             if verdict is not None and order:
                 period = self._pace.period
@@ -360,16 +361,24 @@ class AdaptivePlanner(Planner):
         rest_s = times.total_s - times.pass_s - sum(times.draft_s.values()) - own_s
         self._cost.observe_overhead(len(shares), num_rows, rest_s)
 
-    def _learn_drafting(self, step: _Step, shares: Sequence[Share], times: StepTimes) -> None:
+    def _learn_drafting(
+        self,
+        shares: Sequence[Share],
+        orders: Sequence[Order],
+        drafts: Sequence[Draft],
+        times: StepTimes,
+        at_work: Collection[tuple[str, str]] | None,
+    ) -> None:
+        """Learn what drafting took; `at_work`: who drafted for whom before, None for all."""
         for label, seconds in times.draft_s.items():
             if label in self._always:
                 continue
-            parts = zip(ids_of(shares), step.orders, step.drafts, strict=True)
+            parts = zip(ids_of(shares), orders, drafts, strict=True)
             served = [(key, draft) for key, order, draft in parts if label in order]
-            is_caught_up = all((label, request_id) in step.at_work for request_id, _ in served)
-            drafts = [draft for _, draft in served]
-            is_usual = self._drafting.learn(label, drafts, seconds, is_caught_up=is_caught_up)
-            if self._probe == label:
+            is_caught_up = at_work is None or all((label, key) in at_work for key, _ in served)
+            own = [draft for _, draft in served]
+            is_usual = self._drafting.learn(label, own, seconds, is_caught_up=is_caught_up)
+            if self._probe == label and at_work is not None:
                 # Its very first draft loads its code, which comes but once.
                 self._probes.pay(seconds if self._drafting.is_warm(label) else 0.0, label)
                 self._is_probe_wasted = not (is_usual or self._drafting.is_known(label))
@@ -377,20 +386,9 @@ class AdaptivePlanner(Planner):
     def _step_ms(
         self, shares: Sequence[Share], num_fixed: int, num_nodes: int
     ) -> NDArray[np.float64]:
-        """Return what a step takes besides drafting, [1 + num_nodes].
-
-        Args:
-            shares: Of the requests that take part.
-            num_fixed: Rows that there are in any case.
-            num_nodes: Rows that there may be beside them.
-        """
-        num_requests, num_rows = len(shares), num_fixed + num_nodes
+        """Return what a step takes with so many rows in any case and 0, 1, ... nodes beside."""
         num_keys = sum(share.num_keys for share in shares)
-        pass_ms = self._cost.row_table(num_rows, num_keys, num_requests)
-        none_ms = self._cost.overhead_ms(num_requests, 0)
-        row_ms = self._cost.overhead_ms(num_requests, 1) - none_ms
-        step_ms: NDArray[np.float64] = pass_ms + (none_ms + row_ms * np.arange(num_rows + 1))
-        return step_ms[num_fixed:]
+        return self._cost.step_table(num_fixed + num_nodes, num_keys, len(shares))[num_fixed:]
 
     def forget(self, request_id: str) -> None:
         """Forget a request that has ended."""

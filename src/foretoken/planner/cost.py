@@ -259,6 +259,17 @@ class CostModel:
         """
         return self._overhead.expect_ms(num_requests, num_rows)
 
+    def step_table(self, max_rows: int, num_keys: int, num_requests: int) -> NDArray[np.float64]:
+        """Return the expected time of a step without its drafters, [max_rows + 1].
+
+        Arguments are those of `row_table`.
+        """
+        none_ms = self.overhead_ms(num_requests, 0)
+        row_ms = self.overhead_ms(num_requests, 1) - none_ms
+        pass_ms = self.row_table(max_rows, num_keys, num_requests)
+        table_ms: NDArray[np.float64] = pass_ms + (none_ms + row_ms * np.arange(max_rows + 1))
+        return table_ms
+
     def observe_draft(
         self, drafter: str, num_requests: int, num_levels: int, seconds: float
     ) -> None:

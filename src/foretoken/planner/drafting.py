@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -20,7 +21,8 @@ class Drafting:
     """Expected time of drafters.
 
     A drafter that did not draft for a request in the step before first reads what it has missed.
-    Such a draft says nothing about the next, so it is not counted; nor is a drafter's very first.
+    Such a draft is no usual one, so it is not counted; nor is a drafter's very first. As long as
+    there was nothing else, the shortest of them is what a draft may take.
 
     Args:
         cost: Holds the running estimates.
@@ -29,6 +31,7 @@ class Drafting:
     def __init__(self, cost: CostModel) -> None:
         self._cost = cost
         self._levels: dict[str, float] = {}  # usual depth of each drafter's drafts, once seen
+        self._least_ms: dict[str, float] = {}  # of each drafter's drafts, usual ones or not
         self._num_seen: dict[str, int] = {}
         self._num_usual: dict[str, int] = {}
 
@@ -48,7 +51,7 @@ class Drafting:
         for row, label in enumerate(labels):
             levels = self._levels.get(label)
             if levels is None:
-                prices[row] = _UNSEEN_SHARE * plain_ms, 0.0, 0.0
+                prices[row] = self._least_ms.get(label, _UNSEEN_SHARE * plain_ms), 0.0, 0.0
             else:
                 fixed_ms = self._cost.draft_ms(label, num_requests, 0)
                 prices[row] = fixed_ms, self.level_ms(label, num_requests), levels
@@ -80,6 +83,7 @@ class Drafting:
             is_caught_up: Whether it drafted for all of them in the step before.
         """
         self._num_seen[label] = self._num_seen.get(label, 0) + 1
+        self._least_ms[label] = min(1000.0 * seconds, self._least_ms.get(label, math.inf))
         if self._num_seen[label] <= _NUM_WARM_UP or not is_caught_up:
             return False
         self._num_usual[label] = self._num_usual.get(label, 0) + 1

@@ -16,6 +16,7 @@ _RATE = 0.1  # weight of the newest plan's price
 _OUTLIER = 4.0  # times what is usual; more counts as no more than that
 _FIRST_CREDIT = 4.0  # steps whose time may be spent on probing at once
 _MOST_CREDIT_S = 0.2
+_MOST_PATIENCE = 64.0  # planned steps between two trials of a drafter that was found wanting
 
 
 class Pace:
@@ -70,7 +71,9 @@ class Pace:
             self._step_s += _RATE * (step_s - self._step_s)
         allowed_s = min(PLANNING_SHARE * self._step_s, PLANNING_S * self._num_requests)
         price = self._plan_s / max(1e-9, allowed_s)
-        self._period = 1 if self._num_plans < _FIRST_PLANS else int(min(_MOST_STEPS, 1 + price))
+        # Plans become rarer by and by: the first ones know little.
+        most = 1 if self._num_plans < _FIRST_PLANS else min(_MOST_STEPS, 2 * self._period)
+        self._period = int(min(most, 1 + price))
         self._steps_left = self._period - 1
 
     def hold(self, num_steps: int) -> None:
@@ -96,6 +99,7 @@ class Probes:
 
     def __init__(self, labels: Sequence[str]) -> None:
         self._idle_steps = dict.fromkeys(labels, 0.0)  # in the order of trying
+        self._patience = dict.fromkeys(labels, 1.0)  # idle steps before the next trial
         self._price_s = dict.fromkeys(labels, 0.0)
         self._credit_s: float | None = None
 
@@ -106,21 +110,27 @@ class Probes:
         self._credit_s = min(_MOST_CREDIT_S, self._credit_s + PROBING_SHARE * seconds)
 
     def pick(self, in_use: Collection[str], able: Collection[str]) -> str | None:
-        """Return the drafter that has not drafted for longest, if its trial can be paid.
+        """Return the drafter that has not drafted for longest, if its trial is due and can be paid.
+
+        Trials that change nothing become rarer by and by.
 
         Args:
             in_use: Drafters that need no trial.
             able: Drafters that some request may have.
         """
-        for label in self._idle_steps:
-            self._idle_steps[label] = 0.0 if label in in_use else self._idle_steps[label] + 1
-        idle = [label for label in self._idle_steps if label in able and label not in in_use]
-        if not idle or self._credit_s is None:
+        idle = self._idle_steps
+        for label in idle:
+            idle[label] += 1.0
+            if label in in_use:
+                idle[label], self._patience[label] = 0.0, 1.0
+        due = [it for it in idle if it in able and idle[it] >= self._patience[it]]
+        if not due or self._credit_s is None:
             return None
-        label = max(idle, key=self._idle_steps.__getitem__)
+        label = max(due, key=idle.__getitem__)
         if self._price_s[label] > self._credit_s:
             return None
-        self._idle_steps[label] = 0.0
+        idle[label] = 0.0
+        self._patience[label] = min(2 * self._patience[label], _MOST_PATIENCE)
         return label
 
     @property
