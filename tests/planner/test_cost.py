@@ -254,3 +254,10 @@ def test_overhead_and_drafters_are_told_apart():
     assert model.overhead_ms(8, 24) == pytest.approx(2.8, rel=0.02)
     assert model.draft_ms("suffix", 2, 6) == pytest.approx(0.02, rel=0.02)
     assert model.draft_ms("draft-model", 2, 8) == pytest.approx(0.8, rel=0.05)
+
+
+def test_a_step_never_takes_less_than_its_pass_whatever_the_clock_says():
+    cost = CostModel(CostCurve(rows=(1, 2), base_ms=(1.0, 1.5)))
+    for _ in range(50):
+        cost.observe_overhead(1, 1, -0.01)
+    assert cost.step_table(4, 0, 1)[1] >= cost.pass_ms(1, 0) > 0

@@ -249,8 +249,8 @@ class CostModel:
     # -- what is around passes ---------------------------------------------------------------
 
     def observe_overhead(self, num_requests: int, num_rows: int, seconds: float) -> None:
-        """Learn how long a step took without its pass and its drafters."""
-        self._overhead.observe(num_requests, num_rows, seconds)
+        """Learn how long a step took without its pass and its drafters; not less than nothing."""
+        self._overhead.observe(num_requests, num_rows, max(0.0, seconds))
 
     def overhead_ms(self, num_requests: int, num_rows: int) -> float:
         """Return the expected time of a step without its pass and its drafters; 0 if unknown.

@@ -79,6 +79,7 @@ def _best_sizes(
     num_requests, num_arms, num_nodes = gains.shape
     most = num_requests * num_nodes
     result = np.zeros((num_arms, 3))
+    result[:, 1] = 1.0
     pooled = np.empty(most)
     for arm in range(num_arms):
         pooled[:] = 0.0
