@@ -475,10 +475,17 @@ def test_request_ids_are_unique_among_unfinished_requests():
 
 @pytest.mark.parametrize(
     "values",
-    [{"max_requests": 0}, {"prefill_chunk": 0}, {"max_requests": 1.5}, {"prefill_chunk": True}],
+    [
+        {"max_requests": 0},
+        {"prefill_chunk": 0},
+        {"max_requests": 1.5},
+        {"prefill_chunk": True},
+        {"mixed_chunk": 0},
+        {"prefix_caching": 1},
+    ],
 )
 def test_impossible_sizes_are_refused(values):
-    with pytest.raises(ConfigError, match="is an integer >= 1"):
+    with pytest.raises(ConfigError, match=r"is an integer >= 1|is true or false"):
         EngineConfig(**values)
 
 

@@ -304,6 +304,8 @@ def test_a_model_without_tokenizer_takes_token_ids(folders):
         ({"max_nodes": -1}, ConfigError, "max_nodes is an integer >= 0"),
         ({"max_requests": 0}, ConfigError, "max_requests"),
         ({"prefill_chunk": 0}, ConfigError, "prefill_chunk"),
+        ({"mixed_chunk": 0}, ConfigError, "mixed_chunk"),
+        ({"prefix_caching": "no"}, ConfigError, "prefix_caching is true or false"),
         ({"kv_cache_tokens": 0}, ConfigError, "kv_cache_tokens"),
         ({"threads": -2}, ConfigError, "threads"),
         ({"dtype": "float8"}, ConfigError, "dtype is auto or one of"),

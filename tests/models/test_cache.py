@@ -339,10 +339,10 @@ def test_errors_roll_a_transaction_back(error):
     [
         (lambda cache, sequence: sequence.blocks.pop(), "positions holds"),
         (lambda cache, sequence: sequence.blocks.__setitem__(1, 0), "a block twice"),
-        (lambda cache, sequence: cache._references.__setitem__(0, 2), "differ from counts"),
-        (lambda cache, sequence: cache._free.append(0), "an owned block"),
-        (lambda cache, sequence: cache._free.append(cache._free[0]), "a block twice"),
-        (lambda cache, sequence: cache._free.pop(), "neither free nor owned"),
+        (lambda cache, sequence: cache._blocks._references.__setitem__(0, 2), "differ from counts"),
+        (lambda cache, sequence: cache._blocks._blank.append(0), "an owned block"),
+        (lambda cache, sequence: cache._blocks._blank.append(11), "a block twice"),
+        (lambda cache, sequence: cache._blocks._blank.pop(), "neither free nor owned"),
     ],
     ids=["lost", "held twice", "miscounted", "free and owned", "free twice", "vanished"],
 )

@@ -68,6 +68,7 @@ class ForetokenHost:
             threads=spec.threads,
             max_requests=spec.max_batch,
             kv_cache_tokens=tokens,
+            prefix_caching=False,  # turns repeat their prompts, and each is to read them
         )
         info = self._llm.info
         self.info = HostInfo(

@@ -120,6 +120,8 @@ class CascadeDrafter(CompositeDrafter):
 
     def propose(self, contexts: Sequence[DraftContext]) -> list[Draft]:
         """Return one tree per context; a pass serves all that wait for the same model."""
+        for stage in self._stages:
+            contexts = stage.fitting(contexts, self._max_guess)
         contexts = [self._begin(context) for context in contexts]
         trees = [self._stages[0].plant(context) for context in contexts]
         growing = [pair for pair in zip(contexts, trees, strict=True) if pair[1].frontier]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from foretoken.core.draft import Draft, SiblingDraw
+from foretoken.core.draft import Draft, DraftBudget, SiblingDraw
 from foretoken.core.drawing import draw_iid, draw_without_replacement
 from foretoken.core.ranking import LogprobLists, TokenLists, best_tokens
 from foretoken.core.sampling import Frontier, best_guesses
@@ -39,9 +39,10 @@ from foretoken.drafters.growth import (
 from foretoken.errors import ConfigError
 from foretoken.models.adapter import LanguageModel
 from foretoken.models.batch import RaggedBatch, Segment
-from foretoken.models.cache import CachedSequence
+from foretoken.models.cache import BLOCK_SIZE, CachedSequence
 
 PREFILL_ROWS = 512
+NOTHING = DraftBudget(max_nodes=0, max_depth=0)
 # How far target and draft disagree, as the temperature of the race between candidates; see
 # docs/decisions for the measurement.
 RACE_TEMPERATURE = 0.5
@@ -182,7 +183,8 @@ class ModelDrafter(Drafter):
         self._max_nodes = options.max_nodes
         self._target_vocab_size = host.target.info.vocab_size
         # A tree in the making holds more nodes than the draft that comes of it.
-        scratch = self._max_depth * max(64, options.width) * host.max_requests
+        self._max_level = max(64, options.width)  # nodes of a level that there is room for
+        scratch = self._max_depth * self._max_level * host.max_requests
         self._num_cache_tokens = host.kv_cache_tokens + scratch
         self._states: dict[str, DraftState] = {}
         self._take_model(model)
@@ -202,7 +204,7 @@ class ModelDrafter(Drafter):
 
     def propose(self, contexts: Sequence[DraftContext]) -> list[Draft]:
         """Return one tree per context, grown with one pass per level for all of them."""
-        trees = [self._plant(context) for context in contexts]
+        trees = [self._plant(context) for context in self.fitting(contexts)]
         growing = [pair for pair in zip(contexts, trees, strict=True) if pair[1].frontier]
         while growing:
             self._grow(growing, self._run(growing))
@@ -228,6 +230,31 @@ class ModelDrafter(Drafter):
         state = self._states.pop(request_id, None)
         if state is not None:
             self._cache.close(state.sequence)
+
+    def fitting(self, contexts: Sequence[DraftContext], num_extra: int = 0) -> list[DraftContext]:
+        """Return a step's contexts, without a budget where the cache has no room.
+
+        It is as large as the target's; but there requests that begin alike share blocks.
+
+        Args:
+            contexts: All of them.
+            num_extra: Nodes that may be fed beside those of each level.
+        """
+        fitting, num_free = [], self._cache.num_free_blocks
+        for context in contexts:
+            num_wanted = self._num_blocks_wanted(context, num_extra)
+            has_room = num_wanted <= num_free
+            num_free -= num_wanted if has_room else 0
+            fitting.append(context if has_room else replace(context, budget=NOTHING))
+        return fitting
+
+    def _num_blocks_wanted(self, context: DraftContext, num_extra: int) -> int:
+        budget, sequence = context.budget, self._states[context.request_id].sequence
+        if budget.is_empty:
+            return 0
+        num_nodes = min(budget.max_nodes, self._max_level) + num_extra
+        num_positions = len(context.token_ids) + min(self._max_depth, budget.max_depth) * num_nodes
+        return -(-num_positions // BLOCK_SIZE) - -(-sequence.num_cached // BLOCK_SIZE)
 
     # -- one level ---------------------------------------------------------------------------
 

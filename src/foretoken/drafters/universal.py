@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from foretoken.core.draft import Draft, DraftBudget, SiblingDraw
+from foretoken.core.draft import Draft, SiblingDraw
 from foretoken.drafters.base import DraftContext, DrafterHost, Outcome, RequestView, Taxonomy
-from foretoken.drafters.model_drafter import GrowthOptions, ModelDrafter
+from foretoken.drafters.model_drafter import NOTHING, GrowthOptions, ModelDrafter
 from foretoken.drafters.retokenize import Retokenizer, Vocabulary, pair_special, shared_tokens
 from foretoken.drafters.translate import (
     MAX_GROWN_NODES,
@@ -20,7 +20,6 @@ from foretoken.drafters.translate import (
 )
 from foretoken.errors import ConfigError, ModelError
 from foretoken.models.adapter import LanguageModel
-from foretoken.models.cache import BLOCK_SIZE
 from foretoken.models.loading import load_model
 from foretoken.models.tokenizer import Tokenizer
 
@@ -29,8 +28,6 @@ MODES = ("auto", "text", "tokens")
 # text consists too seldom: a draft model that knows whole words for a target of syllables would
 # have to spell them.
 MANY_SHARED = 0.5
-
-_NOTHING = DraftBudget(max_nodes=0, max_depth=0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,8 +108,8 @@ class UniversalDrafter(ModelDrafter):
                 target, draft, target_special, max_ratio=ratio, min_gain=options.min_gain
             )
         own_options = _own_options(options, ratio)
-        self._num_scratch = own_options.depth_limit * max(MAX_GROWN_NODES, options.width)
-        super().__init__(model, own_options, _own_host(host, model, ratio, self._num_scratch))
+        num_scratch = own_options.depth_limit * max(MAX_GROWN_NODES, options.width)
+        super().__init__(model, own_options, _own_host(host, model, ratio, num_scratch))
         self._translation = translation
         self._vocabularies = target, draft
         self._special = tuple(special.items())
@@ -188,29 +185,18 @@ class UniversalDrafter(ModelDrafter):
     def _own_contexts(self, contexts: Sequence[DraftContext]) -> list[DraftContext]:
         """Return the contexts in the draft's tokens; with an empty budget where that cannot be."""
         own_contexts = []
-        num_free = self._cache.num_free_blocks
         for context in contexts:
             own_ids = self._encode(context)
-            num_wanted = self._num_blocks_wanted(context.request_id, own_ids)
-            if own_ids and num_wanted <= num_free and not context.budget.is_empty:
+            if own_ids and not context.budget.is_empty:
                 own_contexts.append(self._translation.own_context(context, own_ids))
-                num_free -= num_wanted
             else:
-                own_contexts.append(replace(context, token_ids=[0], budget=_NOTHING))
+                own_contexts.append(replace(context, token_ids=[0], budget=NOTHING))
         return own_contexts
 
     def _encode(self, context: DraftContext) -> list[int]:
         text = self._texts[context.request_id]
         text.take(context.token_ids)
         return text.encode()
-
-    def _num_blocks_wanted(self, request_id: str, own_ids: Sequence[int]) -> int:
-        """Return how many more blocks of the cache a request may need in this step.
-
-        The cache is as large as the two vocabularies let expect; a text may have more tokens.
-        """
-        num_tokens = len(own_ids) + self._num_scratch
-        return -(-num_tokens // BLOCK_SIZE) - len(self._states[request_id].sequence.blocks)
 
 
 def _required(tokenizer: Tokenizer | None, role: str, name: str) -> Tokenizer:

@@ -14,6 +14,7 @@ from foretoken.drafters.base import Drafter, RequestView
 from foretoken.engine.fit import agree_on_draws
 from foretoken.engine.request import Emission, FinishReason, Request
 from foretoken.engine.scheduler import Scheduler
+from foretoken.engine.sizing import default_mixed_chunk
 from foretoken.engine.step import StepParts, run_step
 from foretoken.engine.text import Decode
 from foretoken.errors import ConfigError, RequestError, UnknownNameError
@@ -31,18 +32,30 @@ class EngineConfig:
     Args:
         max_requests: Requests that run at once; others wait.
         prefill_chunk: Most prompt tokens fed per step, all requests together.
+        mixed_chunk: The same in steps in which other requests decode, whose tokens wait for it;
+            None for 64 on CPU and as many as `prefill_chunk` elsewhere.
+        prefix_caching: Whether requests take over the keys and values of prefixes that others had.
     """
 
     max_requests: int = 16
     prefill_chunk: int = 512
+    mixed_chunk: int | None = None
+    prefix_caching: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("max_requests", "prefill_chunk"):
+        for name in ("max_requests", "prefill_chunk", "mixed_chunk"):
             value = getattr(self, name)
+            if value is None and name == "mixed_chunk":
+                continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(
                     f"{name} is an integer >= 1; got {value!r}", hint=f"change {name}"
                 )
+        if not isinstance(self.prefix_caching, bool):
+            raise ConfigError(
+                f"prefix_caching is true or false; got {self.prefix_caching!r}",
+                hint="change prefix_caching",
+            )
 
 
 CompileGrammar = Callable[[SamplingParams, int], GrammarState | None]
@@ -91,6 +104,8 @@ class Engine:
             plan,
             max_requests=config.max_requests,
             prefill_chunk=config.prefill_chunk,
+            mixed_chunk=config.mixed_chunk or default_mixed_chunk(target.info.device),
+            prefix_caching=config.prefix_caching,
             max_width=verifier.max_width,
         )
         draws = agree_on_draws(plan.verifier, verifier, self.drafters)
@@ -108,6 +123,21 @@ class Engine:
         return Exactness.weakest(self.parts.target.info.exactness, self.parts.verifier.exactness)
 
     @property
+    def max_requests(self) -> int:
+        """Requests that run at once."""
+        return self.parts.scheduler.max_requests
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait, those thrown back for want of KV cache among them."""
+        return self.parts.scheduler.num_waiting
+
+    @property
+    def num_running(self) -> int:
+        """Requests that run."""
+        return self.parts.scheduler.num_running
+
+    @property
     def num_unfinished(self) -> int:
         """Requests that wait or run."""
         return self.parts.scheduler.num_unfinished
@@ -120,6 +150,7 @@ class Engine:
         drafters: Sequence[str] | None = None,
         request_id: str | None = None,
         reference_ids: Sequence[int] = (),
+        max_nodes: int | None = None,
     ) -> Request:
         """Queue a request; it joins at one of the next steps. Arguments as for `new_request`."""
         request = self.new_request(
@@ -128,6 +159,7 @@ class Engine:
             drafters=drafters,
             request_id=request_id,
             reference_ids=reference_ids,
+            max_nodes=max_nodes,
         )
         self.submit(request)
         return request
@@ -140,6 +172,7 @@ class Engine:
         drafters: Sequence[str] | None = None,
         request_id: str | None = None,
         reference_ids: Sequence[int] = (),
+        max_nodes: int | None = None,
     ) -> Request:
         """Build a request with everything checked, without queueing it.
 
@@ -150,6 +183,8 @@ class Engine:
             request_id: Unique among unfinished requests; made up if None.
             reference_ids: A text that the output may copy from, such as a predicted output; for
                 drafters, never for the target.
+            max_nodes: Most draft tokens per step, no more than the plan's; 0 for plain decoding,
+                None for the plan's.
 
         Raises:
             RequestError: The prompt is empty or too long, a parameter does not fit the model, or
@@ -158,32 +193,19 @@ class Engine:
         """
         params = params or SamplingParams()
         self._check_prompt(prompt_ids, params, reference_ids)
-        labels = tuple(dict.fromkeys(self.drafters if drafters is None else drafters))
-        for label in labels:
-            if label not in self.drafters:
-                raise UnknownNameError("loaded drafter", label, self.drafters)
-        labels = tuple(
-            label
-            for label in labels
-            if self.drafters[label].serves(params, has_reference=bool(reference_ids))
-        )
-        max_drafters = self.parts.verifier.max_drafters
-        if max_drafters is not None and len(labels) > max_drafters and not params.is_greedy:
-            raise RequestError(
-                f"the verifier takes drafts of at most {max_drafters} drafter when sampling; got "
-                f"{', '.join(labels)}",
-                hint="name one drafter, or use the verifier coupled",
-            )
+        _check_max_nodes(max_nodes)
+        labels = self._labels(drafters, params, has_reference=bool(reference_ids))
         request = Request(
             request_id if request_id is not None else f"request-{next(self._ids)}",
             prompt_ids,
             params,
             seed=secrets.randbits(64) if params.seed is None else params.seed,
-            drafters=labels,
+            drafters=labels if max_nodes != 0 else (),
             info=self.parts.target.info,
             decode=self._decode,
             grammar=self._grammar(params, len(prompt_ids)),
             reference_ids=reference_ids,
+            max_nodes=max_nodes,
         )
         self.parts.scheduler.check(request)
         return request
@@ -200,20 +222,11 @@ class Engine:
             )
         self.parts.scheduler.add(request)
         self._requests[request.request_id] = request
-        view = RequestView(
-            request_id=request.request_id,
-            prompt_ids=request.prompt_ids,
-            reference_ids=request.reference_ids,
-        )
-        try:
-            for label in request.drafters:
-                self.drafters[label].start(view)
-        except BaseException:
-            self.abort(request.request_id)
-            raise
+        self._start_drafters(request, request.drafters)
 
     def step(self) -> list[Emission]:
         """Advance every running request; finished ones have left when this returns."""
+        self._rearrange()
         try:
             emissions = run_step(self.parts) if self.num_unfinished else []
         except BaseException:
@@ -237,6 +250,34 @@ class Engine:
         for drafter in self.drafters.values():
             drafter.close()
 
+    def _rearrange(self) -> None:
+        """Throw back requests that no longer fit and admit those that do."""
+        for request in self.parts.scheduler.preempt():
+            self.parts.planner.forget(request.request_id)
+            for label in self._caching_drafters(request):
+                self.drafters[label].stop(request.request_id)
+        for request in self.parts.scheduler.admit():
+            if request.stats.num_preemptions:
+                self._start_drafters(request, self._caching_drafters(request))
+
+    def _caching_drafters(self, request: Request) -> list[str]:
+        """Return its drafters that hold keys and values, which a waiting request may not."""
+        return [label for label in request.drafters if self.drafters[label].needs.draft_cache]
+
+    def _start_drafters(self, request: Request, labels: Sequence[str]) -> None:
+        """Let drafters learn of a request; it ends if one of them fails."""
+        view = RequestView(
+            request_id=request.request_id,
+            prompt_ids=request.prompt_ids,
+            reference_ids=request.reference_ids,
+        )
+        try:
+            for label in labels:
+                self.drafters[label].start(view)
+        except BaseException:
+            self.abort(request.request_id)
+            raise
+
     def _release_all(self, request_ids: Sequence[str]) -> None:
         for request_id in request_ids:
             self._release(request_id)
@@ -247,6 +288,28 @@ class Engine:
         self.parts.planner.forget(request_id)
         for label in request.drafters:
             self.drafters[label].stop(request_id)
+
+    def _labels(
+        self, drafters: Sequence[str] | None, params: SamplingParams, *, has_reference: bool
+    ) -> tuple[str, ...]:
+        """Return the labels of the drafters that a request names and that serve it."""
+        labels = tuple(dict.fromkeys(self.drafters if drafters is None else drafters))
+        for label in labels:
+            if label not in self.drafters:
+                raise UnknownNameError("loaded drafter", label, self.drafters)
+        labels = tuple(
+            label
+            for label in labels
+            if self.drafters[label].serves(params, has_reference=has_reference)
+        )
+        max_drafters = self.parts.verifier.max_drafters
+        if max_drafters is not None and len(labels) > max_drafters and not params.is_greedy:
+            raise RequestError(
+                f"the verifier takes drafts of at most {max_drafters} drafter when sampling; got "
+                f"{', '.join(labels)}",
+                hint="name one drafter, or use the verifier coupled",
+            )
+        return labels
 
     def _grammar(self, params: SamplingParams, num_prompt_ids: int) -> GrammarState | None:
         if self._compile_grammar is not None:
@@ -285,3 +348,11 @@ class Engine:
                 "stop texts need a tokenizer, and the model has none",
                 hint="leave stop out or add the tokenizer's files to the model directory",
             )
+
+
+def _check_max_nodes(max_nodes: int | None) -> None:
+    is_count = isinstance(max_nodes, int) and not isinstance(max_nodes, bool)
+    if max_nodes is not None and (not is_count or max_nodes < 0):
+        raise RequestError(
+            f"max_nodes is an integer >= 0; got {max_nodes!r}", hint="change max_nodes"
+        )

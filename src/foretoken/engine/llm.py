@@ -50,6 +50,9 @@ class LLM:
         threads: CPU threads of torch in this process; None leaves them.
         max_requests: Requests that run at once.
         prefill_chunk: Most prompt tokens fed per step.
+        mixed_chunk: The same in steps in which other requests decode, whose tokens wait for it;
+            None for 64 on CPU and as many as `prefill_chunk` elsewhere.
+        prefix_caching: Whether prompts take over what earlier ones that begin alike have computed.
         kv_cache_tokens: Positions that the KV cache holds over all requests; None sizes it by
             the free memory.
 
@@ -71,11 +74,18 @@ class LLM:
         threads: int | None = None,
         max_requests: int = 16,
         prefill_chunk: int = 512,
+        mixed_chunk: int | None = None,
+        prefix_caching: bool = True,
         kv_cache_tokens: int | None = None,
     ) -> None:
         names = (drafters,) if isinstance(drafters, str) else tuple(drafters)
         plan = Plan(drafters=names, verifier=verifier, max_nodes=max_nodes, adaptive=adaptive)
-        config = EngineConfig(max_requests=max_requests, prefill_chunk=prefill_chunk)
+        config = EngineConfig(
+            max_requests=max_requests,
+            prefill_chunk=prefill_chunk,
+            mixed_chunk=mixed_chunk,
+            prefix_caching=prefix_caching,
+        )
         # Everything that can be wrong about the options is found before a model is loaded.
         builder = EngineBuilder(model, plan, config, kv_cache_tokens)
         check_count("threads", threads)

@@ -30,8 +30,9 @@ from foretoken.engine.text import Decode
 from foretoken.errors import ConfigError, UnsupportedModelError
 from foretoken.models.adapter import ForwardOutput, LanguageModel, ModelInfo, PartialPass
 from foretoken.models.batch import RaggedBatch
-from foretoken.models.cache import BLOCK_SIZE, LayerShape
+from foretoken.models.cache import BLOCK_SIZE
 from foretoken.models.partial import LayerSet
+from foretoken.models.pools import LayerShape
 from foretoken.planner.base import Planner
 from foretoken.planner.plan import Plan
 from foretoken.verifiers.base import TargetRows

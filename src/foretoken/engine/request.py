@@ -62,6 +62,7 @@ class Request:
         decode: Token ids to text, or None.
         grammar: What its output must follow, or None.
         reference_ids: A text that drafters may copy from; empty if there is none.
+        max_nodes: Most draft tokens per step; None for as many as the plan allows.
     """
 
     def __init__(  # noqa: PLR0913 - one parameter is one part
@@ -76,8 +77,10 @@ class Request:
         decode: Decode | None,
         grammar: GrammarState | None = None,
         reference_ids: Sequence[int] = (),
+        max_nodes: int | None = None,
     ) -> None:
         self.request_id = request_id
+        self.max_nodes = max_nodes
         self.reference_ids = reference_ids
         self.params = params
         self.seed = seed
@@ -123,7 +126,7 @@ class Request:
         sources = [draft.source[node] for node in verdict.path] + [""]
         sources = sources[: len(token_ids)]
         self.token_ids += token_ids
-        self.stats.add_step(draft.tree.num_draft_tokens, sources)
+        self.stats.add_step(draft.source[1:], sources)
         is_finished = self.finish_reason is not None
         text = self.text_stream.take()
         if is_finished:

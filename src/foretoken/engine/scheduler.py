@@ -1,15 +1,18 @@
-"""Who runs in a step: continuous batching with chunked prefill."""
+"""Who runs in a step: continuous batching with chunked prefill, preemption and shared prefixes."""
 
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 from foretoken.core.draft import DraftBudget
 from foretoken.engine.request import Request
 from foretoken.errors import RequestError
 from foretoken.models.cache import BLOCK_SIZE, CachedSequence, KVCache
 from foretoken.planner.plan import Plan
+
+GROWTH_BLOCKS = 2  # per running request, that admitting one more leaves free; see decision 0014
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,17 +60,40 @@ class Work:
         return self.start + self.num_known
 
 
+@dataclass(slots=True)
+class _Running:
+    """A running request and its place in the cache."""
+
+    request: Request
+    sequence: CachedSequence
+    is_shared: bool = False  # whether others may have the blocks of its prompt
+
+    @property
+    def num_unseen(self) -> int:
+        """Tokens that stand but are not cached; one when it decodes."""
+        return len(self.request.token_ids) - self.sequence.num_cached
+
+    @property
+    def num_missing_blocks(self) -> int:
+        """Blocks that its tokens need and that it does not hold."""
+        return _num_blocks(len(self.request.token_ids)) - len(self.sequence.blocks)
+
+
 class Scheduler:
     """Admits waiting requests in order and gives every running one its share of each step.
 
-    A request is admitted when the blocks that it can need at most are free of promises, so that
-    no running request ever runs out of cache.
+    The tokens of all running requests always fit into the cache. Where they grow out of it, first
+    drafts shrink, then the request admitted last goes back to the head of the queue: it loses its
+    keys and values, never its tokens, which are fed again like a prompt. Between steps the engine
+    calls `preempt`, then `admit`; the step calls `schedule`.
 
     Args:
         cache: The target's.
         plan: How much to draft.
         max_requests: Requests that run at once.
         prefill_chunk: Most prompt tokens fed per step, all requests together.
+        mixed_chunk: The same in steps in which others decode; None for no difference.
+        prefix_caching: Whether requests take over the keys and values of prefixes that others had.
         max_width: Most children of a node that the verifier takes; None for any number.
     """
 
@@ -78,6 +104,8 @@ class Scheduler:
         *,
         max_requests: int,
         prefill_chunk: int,
+        mixed_chunk: int | None = None,
+        prefix_caching: bool = False,
         max_width: int | None = None,
     ) -> None:
         self._max_width = max_width
@@ -85,14 +113,31 @@ class Scheduler:
         self._plan = plan
         self._max_requests = max_requests
         self._prefill_chunk = prefill_chunk
+        self._mixed_chunk = min(mixed_chunk or prefill_chunk, prefill_chunk)
+        self._prefix_caching = prefix_caching
         self._waiting: deque[Request] = deque()
-        self._running: dict[str, tuple[Request, CachedSequence]] = {}
-        self._num_promised = 0  # blocks
+        self._running: dict[str, _Running] = {}  # in the order of admission
+        self._is_full = False  # for the request at the head, since it was last looked at
+
+    @property
+    def max_requests(self) -> int:
+        """Requests that run at once."""
+        return self._max_requests
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait, those thrown back among them."""
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        """Requests that run."""
+        return len(self._running)
 
     @property
     def num_unfinished(self) -> int:
         """Requests that wait or run."""
-        return len(self._waiting) + len(self._running)
+        return self.num_waiting + self.num_running
 
     def add(self, request: Request) -> None:
         """Queue a request."""
@@ -104,7 +149,7 @@ class Scheduler:
         Raises:
             RequestError: It could never fit into the cache.
         """
-        needed, capacity = self._num_blocks(request), self._cache.num_blocks
+        needed, capacity = _num_blocks(request.max_tokens), self._cache.num_blocks
         if needed > capacity:
             raise RequestError(
                 f"the request needs up to {needed * BLOCK_SIZE} positions of KV cache; "
@@ -112,56 +157,159 @@ class Scheduler:
                 hint="lower max_new_tokens, shorten the prompt or raise kv_cache_tokens",
             )
 
-    def schedule(self) -> list[Work]:
-        """Return the work of the next step; decoding requests first, then prompts in order."""
-        self._admit()
-        decoding, prefilling = [], []
-        num_left = self._prefill_chunk
-        for request, sequence in self._running.values():
-            start = sequence.num_cached
-            num_unseen = len(request.token_ids) - start
-            if num_unseen == 1:
-                budget = self._budget(request)
-                decoding.append(Work(request, sequence, start, 1, budget))
-            elif num_left > 0:
-                num_known = min(num_unseen, num_left)
-                num_left -= num_known
-                is_last = num_known == num_unseen
-                prefilling.append(
-                    Work(
-                        request,
-                        sequence,
-                        start,
-                        num_known,
-                        self._budget(request) if is_last else None,
-                    )
-                )
-        return decoding + prefilling
-
     def remove(self, request_id: str) -> None:
         """Take out a request, waiting or running, and free what it holds."""
+        self._is_full = False
         if request_id in self._running:
-            request, sequence = self._running.pop(request_id)
-            self._num_promised -= self._num_blocks(request)
-            self._cache.close(sequence)
+            self._close(self._running.pop(request_id))
         else:
             left = (request for request in self._waiting if request.request_id != request_id)
             self._waiting = deque(left)
 
-    def _budget(self, request: Request) -> DraftBudget:
-        return self._plan.budget(request.num_wanted, max_width=self._max_width)
+    # -- between steps -----------------------------------------------------------------------
 
-    def _admit(self) -> None:
-        while self._waiting and len(self._running) < self._max_requests:
-            needed = self._num_blocks(self._waiting[0])
-            if self._num_promised + needed > self._cache.num_blocks:
-                return
+    def preempt(self) -> list[Request]:
+        """Throw back requests, the last first, until the tokens of the others fit; return them."""
+        preempted = []
+        while len(self._running) > 1 and self._num_spare() < 0:
+            _, last = self._running.popitem()
+            self._close(last)
+            last.request.stats.num_preemptions += 1
+            self._waiting.appendleft(last.request)
+            preempted.append(last.request)
+            self._is_full = True  # the others have grown into what it leaves
+        return preempted
+
+    def admit(self) -> list[Request]:
+        """Let waiting requests run, in order, as long as there is room; return them."""
+        admitted = []
+        while self._waiting and len(self._running) < self._max_requests and not self._is_full:
+            running = self._open(self._waiting[0])
+            if self._running and not self._has_room(running):
+                self._cache.close(running.sequence)
+                self._is_full = True
+                break
             request = self._waiting.popleft()
-            request.stats.start()
-            self._num_promised += needed
-            self._running[request.request_id] = (request, self._cache.open())
+            self._running[request.request_id] = running
+            request.stats.start(running.sequence.num_cached)
+            admitted.append(request)
+        return admitted
 
-    def _num_blocks(self, request: Request) -> int:
-        """Return the most blocks a request can hold: all its tokens and the largest draft."""
-        num_positions = request.max_tokens + self._plan.node_limit + 1
-        return -(-num_positions // BLOCK_SIZE)
+    def _num_spare(self) -> int:
+        """Return how many blocks are left when all tokens of running requests have theirs."""
+        num_missing = sum(running.num_missing_blocks for running in self._running.values())
+        return self._cache.num_free_blocks - num_missing
+
+    def _has_room(self, candidate: _Running) -> bool:
+        """Return whether a request may join: its tokens fit, and everybody can grow a while.
+
+        A request waits for twice the room with each time that it was thrown back, in the end for
+        all that those before it may come to need: then it stays.
+        """
+        num_growth = GROWTH_BLOCKS << candidate.request.stats.num_preemptions
+        num_reserved = sum(
+            min(num_growth, _num_future_blocks(running.request))
+            for running in (*self._running.values(), candidate)
+        )
+        return self._num_spare() - candidate.num_missing_blocks >= num_reserved
+
+    def _open(self, request: Request) -> _Running:
+        params, num_scored = request.params, len(request.prompt_logprobs)
+        # The log-probabilities of a prompt come from the rows of all of it.
+        is_scored = params.prompt_logprobs is None or num_scored == request.num_prompt_ids - 1
+        known = request.token_ids if self._prefix_caching and is_scored else ()
+        return _Running(request, self._cache.open(known))
+
+    def _share(self, running: _Running) -> None:
+        """Let others that begin with the same tokens have its blocks."""
+        # A draft that went on behind the end of the output has left more than the output.
+        is_known = running.num_unseen > 0
+        if self._prefix_caching and is_known:
+            self._cache.share(running.sequence, running.request.token_ids)
+
+    def _share_prompts(self, fed: Sequence[_Running], prefilling: Sequence[_Running]) -> None:
+        """Let others have the blocks of prompts that have been fed, those that run first."""
+        for running in fed:
+            self._share(running)
+            running.is_shared = True
+        if not (fed and self._prefix_caching):
+            return
+        self._is_full = False
+        for running in prefilling:
+            found = self._open(running.request).sequence
+            if found.num_cached > running.sequence.num_cached:
+                found, running.sequence = running.sequence, found
+                running.request.stats.start(running.sequence.num_cached)
+            self._cache.close(found)
+
+    def _close(self, running: _Running) -> None:
+        self._share(running)
+        self._cache.close(running.sequence)
+
+    # -- a step ------------------------------------------------------------------------------
+
+    def schedule(self) -> list[Work]:
+        """Return the work of the next step; decoding requests first, each in order of admission."""
+        running = list(self._running.values())
+        decoding = [it for it in running if it.num_unseen == 1]
+        prefilling = [it for it in running if it.num_unseen != 1]
+        self._share_prompts([it for it in decoding if not it.is_shared], prefilling)
+        chunk = self._mixed_chunk if decoding else self._prefill_chunk
+        shares = share_chunk([it.num_unseen for it in prefilling], chunk)
+        fed = [*((it, 1) for it in decoding), *zip(prefilling, shares, strict=True)]
+        return self._works((it, num_known) for it, num_known in fed if num_known)
+
+    def _works(self, fed: Iterable[tuple[_Running, int]]) -> list[Work]:
+        """Return the works of requests that are fed some tokens; drafts get what room is left."""
+        num_spare = self._num_spare()
+        works = []
+        for running, num_known in fed:
+            request, sequence = running.request, running.sequence
+            budget = None
+            if num_known == running.num_unseen:
+                num_tokens = len(request.token_ids)
+                num_free = (_num_blocks(num_tokens) + num_spare) * BLOCK_SIZE - num_tokens
+                budget = self._budget(request, num_free)
+                num_drafted = 0 if budget.is_empty else budget.max_nodes
+                num_spare -= _num_blocks(num_tokens + num_drafted) - _num_blocks(num_tokens)
+            works.append(Work(request, sequence, sequence.num_cached, num_known, budget))
+        return works
+
+    def _budget(self, request: Request, num_free: int) -> DraftBudget:
+        """Return the bounds of a draft for which so many positions of the cache are free."""
+        budget = self._plan.budget(request.num_wanted, max_width=self._max_width)
+        max_nodes = min(budget.max_nodes, num_free)
+        if request.max_nodes is not None:
+            max_nodes = min(max_nodes, request.max_nodes)
+        return budget if max_nodes == budget.max_nodes else replace(budget, max_nodes=max_nodes)
+
+
+def share_chunk(num_unseen: Sequence[int], chunk: int) -> list[int]:
+    """Return how many tokens of each prompt are fed in a step.
+
+    Half of the chunk is for the oldest prompt, the rest for those that are nearest to their end: a
+    short prompt does not wait for long ones before it, and no stream of short ones stops a long
+    one. Prompts of one length are fed one after the other.
+
+    Args:
+        num_unseen: Tokens of each prompt that are still to be fed, the oldest prompt first.
+        chunk: Tokens to be fed at most.
+    """
+    left = list(num_unseen)
+    if left:
+        left[0] -= min(left[0], -(-chunk // 2))
+    num_free = chunk - (sum(num_unseen) - sum(left))
+    for index in sorted(range(len(left)), key=left.__getitem__):
+        num_fed = min(left[index], num_free)
+        left[index] -= num_fed
+        num_free -= num_fed
+    return [before - after for before, after in zip(num_unseen, left, strict=True)]
+
+
+def _num_blocks(num_tokens: int) -> int:
+    return -(-num_tokens // BLOCK_SIZE)
+
+
+def _num_future_blocks(request: Request) -> int:
+    """Return how many blocks a request may come to need beyond those of its tokens."""
+    return _num_blocks(request.max_tokens) - _num_blocks(len(request.token_ids))

@@ -1,4 +1,4 @@
-"""How much memory the KV cache may take when nobody says."""
+"""How much memory the KV cache and how much time prompts may take when nobody says."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from foretoken.models.adapter import ModelInfo
 from foretoken.models.cache import BLOCK_SIZE
 
 MEMORY_SHARE = 0.25  # of what is free when the model has been loaded
+MIXED_CHUNK = 64  # on CPU, where it makes a step some six times as long; see decision 0014
 
 
 def default_kv_cache_tokens(info: ModelInfo, *, max_requests: int, max_nodes: int) -> int:
@@ -26,6 +27,15 @@ def default_kv_cache_tokens(info: ModelInfo, *, max_requests: int, max_nodes: in
     one_request = info.context_limit + max_nodes + 1 + BLOCK_SIZE
     affordable = int(MEMORY_SHARE * _free_bytes(info.device)) // max(1, info.kv_bytes_per_token)
     return max(one_request, min(max_requests * one_request, affordable))
+
+
+def default_mixed_chunk(device: torch.device) -> int | None:
+    """Return how many prompt tokens may be fed beside requests that decode; None for no bound.
+
+    On CPU a pass takes time for every row. Elsewhere its first few hundred rows cost little more
+    than the reading of the weights, which decoding pays for anyway.
+    """
+    return MIXED_CHUNK if device.type == "cpu" else None
 
 
 def _free_bytes(device: torch.device) -> int:

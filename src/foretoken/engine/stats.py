@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from foretoken.core.draft import source_names
@@ -17,8 +18,11 @@ class RequestStats:
         num_tokens: Tokens emitted.
         num_steps: Passes of the target that emitted at least one token.
         num_draft_tokens: Draft tokens scored, root not counted.
+        drafted_by: The same by drafter; a token that several proposed counts for each.
         num_accepted: Draft tokens emitted.
-        accepted_by: The same by drafter; a token that several proposed counts for each.
+        accepted_by: The same by drafter, counted likewise.
+        num_cached_prompt_tokens: Tokens of the prompt that were cached when it was fed.
+        num_preemptions: How often it was thrown back for want of KV cache.
         prefill_s: Seconds from the first scheduling to the first token.
         decode_s: Seconds from the first token to the last.
     """
@@ -26,8 +30,11 @@ class RequestStats:
     num_tokens: int = 0
     num_steps: int = 0
     num_draft_tokens: int = 0
+    drafted_by: Counter[str] = field(default_factory=Counter)
     num_accepted: int = 0
     accepted_by: Counter[str] = field(default_factory=Counter)
+    num_cached_prompt_tokens: int = 0
+    num_preemptions: int = 0
     prefill_s: float = 0.0
     decode_s: float = 0.0
     _started_s: float | None = None
@@ -49,20 +56,35 @@ class RequestStats:
         total_s = self.prefill_s + self.decode_s
         return self.num_tokens / total_s if total_s > 0 else 0.0
 
-    def start(self) -> None:
-        """Note that the request was scheduled for the first time."""
+    @property
+    def started_s(self) -> float | None:
+        """When it was first admitted, by `time.perf_counter`; None if it still waits."""
+        return self._started_s
+
+    def start(self, num_cached: int = 0) -> None:
+        """Note that the prompt is about to be fed, but for so many tokens that are cached.
+
+        The time of the first call counts, and what was cached at the last one before the output.
+        """
         if self._started_s is None:
             self._started_s = time.perf_counter()
+        if not self.num_tokens:
+            self.num_cached_prompt_tokens = num_cached
 
-    def add_step(self, num_draft_tokens: int, sources: list[str]) -> None:
-        """Count one step; `sources` names the drafter of each emitted token, "" for the target."""
+    def add_step(self, drafted: Sequence[str], sources: Sequence[str]) -> None:
+        """Count one step.
+
+        Args:
+            drafted: Sources of the draft tokens that were scored.
+            sources: Sources of the tokens that were emitted; "" for the target.
+        """
+        accepted = [source for source in sources if source]
         self.num_steps += 1
         self.num_tokens += len(sources)
-        self.num_draft_tokens += num_draft_tokens
-        for source in sources:
-            if source:
-                self.num_accepted += 1
-                self.accepted_by.update(source_names(source))
+        self.num_draft_tokens += len(drafted)
+        self.num_accepted += len(accepted)
+        _count(self.drafted_by, drafted)
+        _count(self.accepted_by, accepted)
         now_s = time.perf_counter()
         if self._first_token_s is None:
             self._first_token_s = now_s
@@ -80,3 +102,10 @@ class RequestStats:
             "decode_s": round(self.decode_s, 6),
             "tokens_per_s": round(self.tokens_per_s, 3),
         }
+
+
+def _count(counts: Counter[str], sources: Iterable[str]) -> None:
+    """Count each source for every drafter that it names."""
+    for source in sources:
+        for name in source_names(source):
+            counts[name] += 1

@@ -104,7 +104,7 @@ def propose(
         if len(drafts) != len(indices):
             raise _violation(label, f"{len(drafts)} drafts for {len(indices)} contexts")
         for index, context, draft in zip(indices, contexts, drafts, strict=True):
-            _check_draft(label, draft, context, parts.target.info.vocab_size)
+            check_draft(label, draft, context, parts.target.info.vocab_size)
             proposed.setdefault(index, []).append(draft.renamed(label.partition("#")[0], label))
         times.draft_s[label] = perf_counter() - start_s
     return [
@@ -228,7 +228,12 @@ def _combine(drafts: Sequence[Draft], root_id: int, work: Work) -> Draft:
     return merged.prune(work.budget.max_nodes)
 
 
-def _check_draft(label: str, draft: Draft, context: DraftContext, vocab_size: int) -> None:
+def check_draft(label: str, draft: Draft, context: DraftContext, vocab_size: int) -> None:
+    """Check that a draft keeps the contract: its root, its bounds and its tokens.
+
+    Raises:
+        DrafterError: It does not.
+    """
     tree, budget = draft.tree, context.budget
     problem = None
     if tree.token_ids[0] != context.token_ids[-1]:
@@ -322,7 +327,8 @@ def _note_prompt_logprobs(work: Work, logits: Tensor, root: int) -> None:
         return
     first_row = root - (work.num_known - 1)
     last = min(work.start + work.num_known, request.num_prompt_ids - 1)
-    for position in range(work.start + 1, last + 1):
+    first = max(work.start, len(request.prompt_logprobs)) + 1  # some are fed a second time
+    for position in range(first, last + 1):
         row = logits[first_row + position - 1 - work.start]
         entry = row_logprobs(row, request.token_ids[position], num_top)
         request.prompt_logprobs.append(entry)

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from foretoken.core.verdict import Exactness
 from foretoken.models.batch import RaggedBatch, Segment
-from foretoken.models.cache import BLOCK_SIZE, KVCache, LayerShape
+from foretoken.models.cache import BLOCK_SIZE, KVCache
 from foretoken.models.partial import LayerSet, RemainingRows
+from foretoken.models.pools import LayerShape
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from transformers import AttentionInterface
 from foretoken.errors import UnsupportedModelError
 from foretoken.models.attention_kernels import attend_layer
 from foretoken.models.batch import RaggedBatch
-from foretoken.models.cache import as_array
+from foretoken.models.pools import as_array
 from foretoken.models.threads import run_together
 
 IMPLEMENTATION = "foretoken"

@@ -8,20 +8,19 @@ Who owns which logical positions of a sequence that has T positions cached and S
 Cached positions hold the keys and values of tokens that stand. Staged positions hold the nodes
 of a token tree (or a prompt chunk, which is a chain) in the order in which they were fed. `commit`
 moves the accepted path to positions T, T+1, ... and forgets the rest; `rollback` forgets all of it.
-Blocks are shared between sequences by reference count; only full blocks below T are ever shared,
-so that nobody writes into a shared block.
+Blocks are shared between sequences by reference count, with forks and with whoever begins with the
+same tokens (see `prefix`); only full blocks below T are ever shared, so that nobody writes into a
+shared block.
 """
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from foretoken.errors import CapacityError
 from foretoken.models.layout import (
@@ -30,27 +29,13 @@ from foretoken.models.layout import (
     Tables,
     choose_paths,
     lay_out,
-    move_slots,
     packed_size,
     unpack,
 )
+from foretoken.models.pools import LayerShape, Pools
+from foretoken.models.prefix import ROOT, BlockPool
 
 BLOCK_SIZE = 16
-_OFFSETS = np.arange(BLOCK_SIZE)
-
-
-@dataclass(frozen=True, slots=True)
-class LayerShape:
-    """What one attention layer stores per position."""
-
-    num_heads: int
-    key_dim: int
-    value_dim: int
-
-    @property
-    def num_values(self) -> int:
-        """Numbers stored per position."""
-        return self.num_heads * (self.key_dim + self.value_dim)
 
 
 @dataclass(eq=False, slots=True)
@@ -60,16 +45,9 @@ class CachedSequence:
     index: int  # of its row in the cache's tables
     num_cached: int = 0
     num_staged: int = 0  # nodes fed since the last commit
+    num_shared: int = 0  # leading blocks that are registered for their tokens
     blocks: list[int] = field(default_factory=list)
     is_open: bool = True
-
-
-def as_array(tensor: Tensor) -> np.ndarray:
-    """Return a CPU tensor's memory as an array; bfloat16, which numpy lacks, as uint16."""
-    array: np.ndarray = (
-        tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor
-    ).numpy()
-    return array
 
 
 class KVCache:
@@ -78,15 +56,17 @@ class KVCache:
     Args:
         layers: Shape of each layer, in order.
         num_blocks: Capacity. On CPU the pages are only touched when used: blocks are handed out
-            lowest first, so resident memory follows the highest load, not the capacity.
+            lowest first, so resident memory follows the highest load, not the capacity. Blocks
+            that are kept for their prefix are part of the load.
         dtype: Of keys and values.
         device: Where they live.
 
     Attributes:
         keys: Of each layer, [slots, H, D].
         values: The same.
-        flat_pools: On CPU, flat views for compiled code, bfloat16 as uint16: keys and values of
-            the layers of one shape, [L, slots, H, D] each, then those of the next shape.
+        flat_pools: `Pools.flat`, for compiled code.
+        num_prefix_queries: Tokens that sequences were opened with.
+        num_prefix_hits: Those of them that were cached already.
     """
 
     def __init__(
@@ -99,49 +79,73 @@ class KVCache:
     ) -> None:
         self.num_blocks = num_blocks
         self.device = device
-        num_slots = num_blocks * BLOCK_SIZE
-        # One tensor per distinct layer shape, so that a commit moves all its layers at once.
-        grouped: dict[LayerShape, list[int]] = {}
-        for index, shape in enumerate(layers):
-            grouped.setdefault(shape, []).append(index)
-        self._pools: list[Tensor] = []  # [L, slots, H, D] each
-        keys: dict[int, Tensor] = {}
-        values: dict[int, Tensor] = {}
-        for shape, indices in grouped.items():
-            prefix = (len(indices), num_slots, shape.num_heads)
-            key_pool = torch.empty(*prefix, shape.key_dim, dtype=dtype, device=device)
-            value_pool = torch.empty(*prefix, shape.value_dim, dtype=dtype, device=device)
-            self._pools += [key_pool, value_pool]
-            keys.update(zip(indices, key_pool, strict=True))
-            values.update(zip(indices, value_pool, strict=True))
-        self.keys = [keys[index] for index in range(len(layers))]  # each [slots, H, D]
-        self.values = [values[index] for index in range(len(layers))]
-        host_pools = self._pools if device.type == "cpu" else []
-        self.flat_pools = [as_array(pool).reshape(-1) for pool in host_pools]
-        # As bytes, [L, slots, bytes]: what is moved needs no type.
-        self._byte_pools = [pool.view(torch.uint8).flatten(2).numpy() for pool in host_pools]
+        self._pools = Pools(layers, num_blocks * BLOCK_SIZE, dtype=dtype, device=device)
+        self.keys, self.values = self._pools.keys, self._pools.values
+        self.flat_pools = self._pools.flat
+        self._slots = np.arange(num_blocks * BLOCK_SIZE).reshape(-1, BLOCK_SIZE)  # of each block
         self._tables = Tables()
-        self._free = list(range(num_blocks))  # a heap: lowest first
-        self._references = [0] * num_blocks
+        self._blocks = BlockPool(num_blocks, BLOCK_SIZE)
         self._sequences: set[CachedSequence] = set()
+        self.num_prefix_queries = self.num_prefix_hits = 0
 
     # -- sequences ---------------------------------------------------------------------------
 
     @property
     def num_free_blocks(self) -> int:
-        """Blocks that no sequence holds."""
-        return len(self._free)
+        """Blocks that no sequence holds, those that are kept for their prefix included."""
+        return self._blocks.num_free
+
+    @property
+    def num_cached_blocks(self) -> int:
+        """Blocks, held or free, that sequences with the same prefix can share."""
+        return self._blocks.num_registered
 
     @property
     def num_sequences(self) -> int:
         """Sequences opened and not yet closed."""
         return len(self._sequences)
 
-    def open(self) -> CachedSequence:
-        """Return a new, empty sequence."""
+    def open(self, token_ids: Sequence[int] = ()) -> CachedSequence:
+        """Return a new sequence: empty, or with what is cached of the prefix of a text.
+
+        Args:
+            token_ids: The text. Its last token is never cached: it has to be fed for logits.
+        """
         sequence = CachedSequence(self._tables.take_row())
         self._sequences.add(sequence)
+        self.num_prefix_queries += len(token_ids)
+        if known := self._blocks.find(token_ids[:-1]):
+            self._adopt(sequence, known)
+            sequence.num_shared = len(known)
+            self.num_prefix_hits += sequence.num_cached
         return sequence
+
+    def share(self, sequence: CachedSequence, token_ids: Sequence[int]) -> None:
+        """Let others that begin with the same tokens have the sequence's full blocks.
+
+        Where another block is registered for the same prefix, the sequence takes it for its own.
+
+        Args:
+            sequence: What it holds depends on its tokens alone.
+            token_ids: Of its positions. Nothing is done with positions beyond the last of them.
+
+        Raises:
+            ValueError: They are not the tokens that a block is registered for.
+        """
+        num_full = min(sequence.num_cached, len(token_ids)) // BLOCK_SIZE
+        for place in range(sequence.num_shared, num_full):
+            block, start = sequence.blocks[place], place * BLOCK_SIZE
+            parent = sequence.blocks[place - 1] if place else ROOT
+            own_ids = token_ids[start : start + BLOCK_SIZE]
+            first = self._blocks.register(block, parent, own_ids)
+            if first != block:
+                if not self._blocks.is_held_once(block):
+                    return  # a fork holds it, and what comes after it, too
+                self._blocks.hold([first])
+                self._blocks.release([block])
+                sequence.blocks[place] = first
+                self._set_slots(sequence, place)
+            sequence.num_shared += 1
 
     def fork(self, sequence: CachedSequence) -> CachedSequence:
         """Return a new sequence with the same cached positions.
@@ -151,14 +155,9 @@ class KVCache:
         Raises:
             CapacityError: No block is free for the copy.
         """
-        num_full = sequence.num_cached // BLOCK_SIZE
         fork = self.open()
-        fork.blocks = sequence.blocks[:num_full]
-        slots = self._tables.slots
-        slots[fork.index] = slots[sequence.index]
-        for block in fork.blocks:
-            self._references[block] += 1
-        fork.num_cached = num_full * BLOCK_SIZE
+        self._adopt(fork, sequence.blocks[: sequence.num_cached // BLOCK_SIZE])
+        fork.num_shared = sequence.num_shared
         try:
             self._reserve(fork, sequence.num_cached)
         except CapacityError:
@@ -166,7 +165,7 @@ class KVCache:
             raise
         sources = self.slots(sequence, fork.num_cached, sequence.num_cached)
         targets = self.slots(fork, fork.num_cached, sequence.num_cached)
-        self._move(np.stack((sources, targets)), len(sources))
+        self._pools.move(np.stack((sources, targets)), len(sources))
         fork.num_cached = sequence.num_cached
         return fork
 
@@ -174,9 +173,9 @@ class KVCache:
         """Give back everything a sequence holds; closing twice does nothing."""
         if not sequence.is_open:
             return
-        self._release(sequence.blocks)
+        self._blocks.release(sequence.blocks)
         sequence.blocks = []
-        sequence.num_cached = sequence.num_staged = 0
+        sequence.num_cached = sequence.num_staged = sequence.num_shared = 0
         sequence.is_open = False
         self._sequences.remove(sequence)
         self._tables.free_rows.append(sequence.index)
@@ -295,7 +294,7 @@ class KVCache:
             nodes = accepted[-1 - num_moves][1]
             raise ValueError(f"accepted nodes {list(nodes)} are not a path of the tree")
         if num_moves:
-            self._move(moves, num_moves)
+            self._pools.move(moves, num_moves)
         for sequence, nodes in accepted:
             sequence.num_cached += len(nodes)
             self.rollback(sequence)
@@ -319,50 +318,45 @@ class KVCache:
 
     def _reserve(self, sequence: CachedSequence, num_positions: int) -> None:
         num_missing = -(-num_positions // BLOCK_SIZE) - len(sequence.blocks)
-        if num_missing > len(self._free):
+        if num_missing > self._blocks.num_free:
             raise CapacityError(
                 f"the KV cache needs {num_missing} more blocks of {BLOCK_SIZE} tokens; "
-                f"{len(self._free)} of {self.num_blocks} are free",
+                f"{self._blocks.num_free} of {self.num_blocks} are free",
                 hint="run fewer requests at once or raise kv_cache_tokens",
             )
-        tables = self._tables
-        if num_positions > tables.slots.shape[1]:
-            tables.widen_slots(num_positions)
-        for _ in range(num_missing):
-            block = heapq.heappop(self._free)
-            self._references[block] = 1
-            start = len(sequence.blocks) * BLOCK_SIZE
-            first = block * BLOCK_SIZE
-            tables.slots[sequence.index, start : start + BLOCK_SIZE] = _OFFSETS + first
-            sequence.blocks.append(block)
+        num_held = len(sequence.blocks)
+        sequence.blocks += [self._blocks.take() for _ in range(num_missing)]
+        self._set_slots(sequence, num_held)
+
+    def _adopt(self, sequence: CachedSequence, blocks: list[int]) -> None:
+        """Let an empty sequence begin with full blocks of others."""
+        self._blocks.hold(blocks)
+        sequence.blocks = blocks
+        self._set_slots(sequence, 0)
+        sequence.num_cached = len(blocks) * BLOCK_SIZE
+
+    def _set_slots(self, sequence: CachedSequence, first: int) -> None:
+        """Note where the positions of a sequence's blocks from the first on lie."""
+        num_positions = len(sequence.blocks) * BLOCK_SIZE
+        if num_positions > self._tables.slots.shape[1]:
+            self._tables.widen_slots(num_positions)
+        row = self._tables.slots[sequence.index]
+        for place, block in enumerate(sequence.blocks[first:], first):
+            start = place * BLOCK_SIZE
+            row[start : start + BLOCK_SIZE] = self._slots[block]
 
     def _trim(self, sequence: CachedSequence) -> None:
         """Free the blocks behind the last position."""
         num_needed = -(-(sequence.num_cached + sequence.num_staged) // BLOCK_SIZE)
         if num_needed < len(sequence.blocks):
-            self._release(sequence.blocks[num_needed:])
+            self._blocks.release(sequence.blocks[num_needed:])
             del sequence.blocks[num_needed:]
 
-    def _release(self, blocks: Sequence[int]) -> None:
-        for block in blocks:
-            self._references[block] -= 1
-            if self._references[block] == 0:
-                heapq.heappush(self._free, block)
-
-    def _move(self, moves: np.ndarray, num_moves: int) -> None:
-        """Copy from slots to slots, [2, >= num_moves]; no source comes after it as a target."""
-        for array in self._byte_pools:
-            move_slots(array, moves, num_moves)
-        if not self._byte_pools:
-            sources, targets = torch.from_numpy(moves[:, :num_moves]).to(self.device)
-            for pool in self._pools:
-                pool.index_copy_(1, targets, pool.index_select(1, sources))
-
     def check_integrity(self) -> None:
-        """Check that every block is owned exactly as often as its count says.
+        """Check that every block is owned as often as its count says, and registered as it should.
 
         Raises:
-            RuntimeError: A block is lost, owned twice or both free and owned.
+            RuntimeError: A block is lost, owned twice, free and owned, or registered wrongly.
         """
         owners = [0] * self.num_blocks
         for sequence in self._sequences:
@@ -373,15 +367,12 @@ class KVCache:
                 )
             if len(set(sequence.blocks)) != len(sequence.blocks):
                 raise RuntimeError(f"a sequence holds a block twice: {sequence.blocks}")
+            if sequence.num_shared > sequence.num_cached // BLOCK_SIZE:
+                raise RuntimeError(f"{sequence.num_shared} blocks are shared and not all are full")
+            self._blocks.check_chain(sequence.blocks[: sequence.num_shared])
             for block in sequence.blocks:
                 owners[block] += 1
-        if owners != self._references:
-            raise RuntimeError(f"block owners {owners} differ from counts {self._references}")
-        free = set(self._free)
-        if len(free) != len(self._free) or any(owners[block] for block in free):
-            raise RuntimeError("the free list holds a block twice or an owned block")
-        if len(free) + sum(count > 0 for count in owners) != self.num_blocks:
-            raise RuntimeError("a block is neither free nor owned")
+        self._blocks.check(owners)
 
 
 def _orphan(row: int, firsts: Sequence[int], parents: Sequence[Sequence[int]]) -> ValueError:

@@ -14,10 +14,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from foretoken.errors import ModelError
-from foretoken.models.cache import LayerShape, as_array
 from foretoken.models.decoder import CompiledDecoder, RotaryTable
 from foretoken.models.decoder_kernels import Shape, Weights
 from foretoken.models.kernels import LANES, is_finite, pack, packed_shape, padded
+from foretoken.models.pools import LayerShape, as_array
 from foretoken.models.products import PANEL
 
 DTYPES = (torch.float32, torch.bfloat16)

@@ -18,9 +18,9 @@ from foretoken.models.attention import (
     attention_for,
 )
 from foretoken.models.batch import RaggedBatch
-from foretoken.models.cache import LayerShape
 from foretoken.models.module_view import ModuleView
 from foretoken.models.partial import LayerSet
+from foretoken.models.pools import LayerShape
 
 
 class ModulePass:

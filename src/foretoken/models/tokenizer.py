@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from foretoken.errors import ModelError, VocabularyMismatchError
+from foretoken.errors import ModelError, RequestError, VocabularyMismatchError
 from foretoken.models.adapter import LanguageModel
 
 if TYPE_CHECKING:
@@ -43,13 +44,22 @@ class Tokenizer:
             return cls(_tokenizer_class(directory).from_pretrained(source))
         except Exception as error:  # the tokenizers library raises bare Exception
             raise ModelError(
-                f"the tokenizer of {path!r} cannot be loaded: {' '.join(str(error).split())[:300]}",
+                f"the tokenizer of {path!r} cannot be loaded: {_in_one_line(error)}",
                 hint="check tokenizer.json and tokenizer_config.json in the model directory",
             ) from error
 
-    def encode(self, text: str) -> list[int]:
-        """Return the token ids of a prompt, with the special tokens the model expects."""
-        return list(self._tokenizer.encode(text, truncation=False, verbose=False))
+    def encode(self, text: str, *, adds_special: bool = True) -> list[int]:
+        """Return the token ids of a prompt, with the special tokens the model expects.
+
+        Args:
+            text: The prompt.
+            adds_special: False for a text that has them already, as chat templates write them.
+        """
+        return list(
+            self._tokenizer.encode(
+                text, truncation=False, verbose=False, add_special_tokens=adds_special
+            )
+        )
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text of token ids; special tokens have none."""
@@ -68,10 +78,64 @@ class Tokenizer:
         """How conversations are written, as a Jinja template; None if nothing is said."""
         return getattr(self._tokenizer, "chat_template", None)
 
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        template: str | None = None,
+        opens_turn: bool = True,
+        continues_last: bool = False,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """Return a conversation as the text that a chat model goes on from.
+
+        transformers runs the template, in Jinja's sandbox.
+
+        Args:
+            messages: Each with a "role" and a "content", as the template wants them.
+            template: Jinja template; None for the tokenizer's own.
+            opens_turn: Whether the text ends where the assistant begins to speak.
+            continues_last: Whether the last message is left open instead.
+            variables: What else the template may look at.
+
+        Raises:
+            RequestError: There is no template, it refuses the conversation, or a variable has a
+                name that transformers keeps for itself.
+        """
+        if template is None and not self.chat_template:
+            raise RequestError(
+                "the model has no chat template, so that conversations cannot be written for it",
+                hint="give a plain prompt, or give a template with --chat-template FILE",
+            )
+        kept = {"messages", "self", *signature(self._tokenizer.apply_chat_template).parameters}
+        for name in kept & set(variables or ()):
+            raise RequestError(
+                f"a chat template's variable cannot be called {name!r}", hint="leave it out"
+            )
+        try:
+            text = self._tokenizer.apply_chat_template(
+                list(messages),
+                **(variables or {}),
+                chat_template=template,
+                add_generation_prompt=opens_turn and not continues_last,
+                continue_final_message=continues_last,
+                tokenize=False,
+            )
+        except Exception as error:  # templates raise what they like
+            raise RequestError(
+                f"the chat template refuses the conversation: {_in_one_line(error)}",
+                hint="check roles, their order and the template's variables",
+            ) from error
+        return str(text)
+
     @property
     def vocabulary(self) -> dict[str, int]:
         """Every token text and its id."""
         return dict(self._tokenizer.get_vocab())
+
+
+def _in_one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def _tokenizer_class(directory: Path) -> Any:

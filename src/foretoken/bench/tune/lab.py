@@ -115,7 +115,7 @@ class Lab:
         self.prompts = self._fitting()
         info = self.target.info
         self._compile = GrammarCompiler(self.tokenizer, info.vocab_size, info.eos_ids).compile
-        self._config = EngineConfig(max_requests=settings.batch_size)
+        self._config = EngineConfig(max_requests=settings.batch_size, prefix_caching=False)
         self._kv_tokens = self._needed_tokens()
 
     def run(
