@@ -18,6 +18,8 @@ from foretoken.cli.errors import EXIT_FAILURE, Session, report
 from foretoken.cli.generate import EXAMPLES, EXIT_INTERRUPTED, generate
 from foretoken.cli.methods import EXAMPLES as METHODS_EXAMPLES
 from foretoken.cli.methods import methods
+from foretoken.cli.serve import EXAMPLES as SERVE_EXAMPLES
+from foretoken.cli.serve import serve
 from foretoken.cli.train import app as train_app
 from foretoken.cli.tune import EXAMPLES as TUNE_EXAMPLES
 from foretoken.cli.tune import tune
@@ -31,6 +33,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command(epilog=EXAMPLES, no_args_is_help=False)(generate)
+app.command(epilog=SERVE_EXAMPLES, no_args_is_help=False)(serve)
 app.add_typer(bench_app, name="bench")
 app.command(epilog=VERIFY_EXAMPLES, no_args_is_help=False)(verify)
 app.add_typer(train_app, name="train")

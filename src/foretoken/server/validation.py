@@ -1,0 +1,106 @@
+"""Bodies of requests: strict JSON, and what is wrong with them in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine, Iterable
+from typing import Any
+
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
+from pydantic_core import from_json
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+MAX_SHOWN = 80  # characters of a refused value or of a field's name
+
+# Branches of unions, which pydantic puts between the names of fields.
+_BRANCHES = {"str", "bool", "int", "float", "constrained-str", "constrained-int"}
+# pydantic speaks of dictionaries, and of attributes that JSON has not.
+_OBJECT = dict.fromkeys(("dict_type", "model_attributes_type", "model_type"), "should be an object")
+_NO_OBJECT = "the body is no JSON object (send one, with Content-Type: application/json)"
+
+
+class StrictRequest(Request):
+    """A request whose JSON is that of the standard.
+
+    No NaN, no half of a surrogate pair, no nesting beyond 200 levels, UTF-8 and nothing else.
+    """
+
+    async def json(self) -> Any:
+        """Return the parsed body.
+
+        Raises:
+            HTTPException: With status 400; it is no valid JSON.
+        """
+        body = await self.body()
+        try:
+            return from_json(body, allow_inf_nan=False)
+        except ValueError as error:
+            raise HTTPException(400, f"the body is no valid JSON: {error}") from None
+
+
+class StrictRoute(APIRoute):
+    """A route whose requests are `StrictRequest`."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """Return what handles a request."""
+        handle = super().get_route_handler()
+
+        async def handle_strictly(request: Request) -> Response:
+            return await handle(StrictRequest(request.scope, request.receive))
+
+        return handle_strictly
+
+
+def explain(error: RequestValidationError) -> tuple[str | None, str]:
+    """Return the first wrong field, with its path in dots, and what is wrong with it."""
+    found = list(error.errors())
+    path, kind = _path(found[0]), found[0]["type"]
+    if not path and kind != "unknown_field":
+        return None, _NO_OBJECT
+    # Where a value has several forms, there are errors of each; the one that it is nearest to
+    # is the one of which most was read.
+    same = [item for item in found if _path(item)[:1] == path[:1]]
+    most = max(map(_num_read, same))
+    nearest = [item for item in same if _num_read(item) == most]
+    param = ".".join(_path(nearest[0]))
+    messages = [_OBJECT.get(item["type"], item["msg"].removeprefix("Input ")) for item in nearest]
+    message = " or ".join(dict.fromkeys(messages))
+    if nearest[0]["type"] == "unknown_field":
+        param = ".".join([param, _shown_name(nearest[0]["ctx"]["name"])]).lstrip(".")
+    elif nearest[0]["type"] != "missing":
+        message = f"{message}; got {shortened(nearest[0]['input'])}"
+    return param, f"{param}: {message}"
+
+
+def _num_read(item: dict[str, Any]) -> tuple[int, int]:
+    """Return how deep in a value an error is, and how far in the list there."""
+    return len(item["loc"]), max((part for part in item["loc"] if isinstance(part, int)), default=0)
+
+
+def shortened(value: object) -> str:
+    """Return a value as a message shows it, cut if it is long."""
+    if isinstance(value, dict):
+        return "an object" if value else "{}"
+    shown = repr(value[:MAX_SHOWN] if isinstance(value, str | list) else value)
+    return shown if len(shown) <= MAX_SHOWN else shown[:MAX_SHOWN] + "..."
+
+
+def _path(item: dict[str, Any]) -> list[str]:
+    """Return the names of fields and places that lead to an error, without union branches."""
+    parts = [str(part) for part in item["loc"] if part != "body"]
+    if parts[:1] == ["response_format"]:
+        del parts[1:2]  # the type that tells the forms apart
+    return [_shown_name(part) for part in _without_branches(parts)]
+
+
+def _without_branches(parts: Iterable[str]) -> Iterable[str]:
+    return (part for part in parts if "[" not in part and part not in _BRANCHES)
+
+
+def _shown_name(name: str) -> str:
+    return name if len(name) <= MAX_SHOWN else name[:MAX_SHOWN] + "..."
+
+
+__all__ = ["StrictRequest", "StrictRoute", "explain", "shortened"]
