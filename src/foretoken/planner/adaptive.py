@@ -25,6 +25,7 @@ _BEYOND_EVERY = 8  # planned steps, after as many at first, in which drafts are 
 _TRIAL_EVERY = 3  # planned steps, of which one decodes by another way if that is nearly as good
 _TRIAL_STEPS = 5  # of a trial
 _LARGEST_LOSS = 0.4  # of its time that such a step may be expected to waste
+_LEAST_LOSS = 0.01  # of it that it is taken to waste at least
 _PROBE_SIZES = (4, 1, 2)  # nodes of drafts that are only tried, in turn, to tell levels' cost
 
 
@@ -96,7 +97,7 @@ class AdaptivePlanner(Planner):
         self._choices: dict[str, Choice] = {}
         self._orders: dict[str, tuple[DraftBudget | None, Order]] = {}  # by the plan that holds
         self._present: Arm = ()  # what it prefers, which a trial may replace for some steps
-        self._trial_loss = 0.0  # share of their time that the steps of a trial may waste
+        self._is_trial = False
         self._rate = 0.0  # tokens per millisecond that it promises
         self._num_decoding = 0
         self._has_always = False
@@ -122,9 +123,9 @@ class AdaptivePlanner(Planner):
             self._step.orders = [self._order(share) for share in shares]
             self._step.own_s = self._clock() - start_s
             return self._step.orders
-        if self._choice is not PLAIN or self._has_always:
-            return [self._usual_order(share) for share in shares]
-        return [{}] * len(shares)
+        if self._choice is PLAIN and not self._has_always:
+            return [{}] * len(shares)
+        return [self._usual_order(share) for share in shares]
 
     def _usual_order(self, share: Share) -> Order:
         """Return the order of a step that is not planned; the last one, if bounds are the same."""
@@ -138,7 +139,7 @@ class AdaptivePlanner(Planner):
         if budget is None or budget.is_empty:
             return {}
         arm, size = self._choices.get(share.request_id, self._choice)
-        if self._step is not None and self._looks_beyond and size and not self._trial_loss:
+        if self._step is not None and self._looks_beyond and size and not self._is_trial:
             size += 2 + size // 2
         order = {label: budget for label in share.drafters if label in self._always}
         for label in arm:
@@ -208,7 +209,7 @@ class AdaptivePlanner(Planner):
         What the plan never does is never timed, and may have become cheaper than it was. A few
         steps, because the first ones find the processor's caches full of something else.
         """
-        self._present, self._trial_loss = self._choice[0], 0.0
+        self._present, self._is_trial = self._choice[0], False
         self._since_trial += 1
         every = 2 if self._num_plans <= _BEYOND_EVERY else _TRIAL_EVERY
         is_due = self._since_trial >= every and self._probe is None
@@ -220,7 +221,7 @@ class AdaptivePlanner(Planner):
         loss = 1.0 - min(best_rate, plain_rate) / max(best_rate, plain_rate)
         if loss > _LARGEST_LOSS:
             return
-        self._trial_loss = max(loss, 0.01)
+        self._is_trial = True
         if self._choice is PLAIN:
             self._choose_arm(decoding, best, int(outlook.sizes[best]), gains, able)
         else:
@@ -228,10 +229,9 @@ class AdaptivePlanner(Planner):
 
     def _able(self, decoding: Sequence[Share]) -> NDArray[np.bool_]:
         """Return which requests may have all drafters of which way, [B, A]."""
-        by_drafters = {tuple(share.drafters): None for share in decoding}
         able = {
             drafters: [all(label in drafters for label in arm) for arm in self._arms]
-            for drafters in by_drafters
+            for drafters in {tuple(share.drafters) for share in decoding}
         }
         return np.array([able[tuple(share.drafters)] for share in decoding])
 
@@ -266,14 +266,9 @@ class AdaptivePlanner(Planner):
         self._proposed = drafts
         if self._step is None:
             return [self._within(share, draft) for share, draft in zip(shares, drafts, strict=True)]
-        start_s = self._clock()
-        self._step.probs = [
-            self._experience.path_probs(share, draft)
-            for share, draft in zip(shares, drafts, strict=True)
-        ]
-        chosen = list(drafts)
-        if not self._trial_loss:
-            chosen = self._best_nodes(shares, self._step)
+        start_s, pairs = self._clock(), zip(shares, drafts, strict=True)
+        self._step.probs = [self._experience.path_probs(*pair) for pair in pairs]
+        chosen = list(drafts) if self._is_trial else self._best_nodes(shares, self._step)
         self._step.own_s += self._clock() - start_s
         return chosen
 
@@ -312,8 +307,8 @@ class AdaptivePlanner(Planner):
         step = self._step
         if not has_prompts:
             self._probes.earn(times.total_s)
-        if self._trial_loss:
-            self._probes.pay(self._trial_loss * times.total_s)
+        if self._is_trial:
+            self._probes.pay(max(_LEAST_LOSS * times.total_s, self._loss_s(verdicts, times)))
         if step is None:
             if self._pace.is_settled and not has_prompts:
                 self._learn_costs(shares, scored, times, 0.0)
@@ -327,10 +322,15 @@ class AdaptivePlanner(Planner):
             self._learn_costs(shares, scored, times, step.own_s)
         step.own_s += self._clock() - start_s
         self._pace.planned(step.own_s, times.total_s)
-        if self._trial_loss:
+        if self._is_trial:
             self._pace.hold(_TRIAL_STEPS)
         if self._is_probe_wasted:
             self._pace.hurry()
+
+    def _loss_s(self, verdicts: Sequence[Verdict | None], times: StepTimes) -> float:
+        """Return how much longer a step took for its tokens than by the way that is preferred."""
+        num_tokens = sum(len(verdict.token_ids) for verdict in verdicts if verdict is not None)
+        return times.total_s - num_tokens / self._rate / 1000.0
 
     def _learn_guesses(
         self, step: _Step, shares: Sequence[Share], verdicts: Sequence[Verdict | None]
