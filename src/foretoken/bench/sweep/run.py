@@ -2,33 +2,26 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
-from foretoken import __version__
 from foretoken.bench.foretoken_host import ForetokenHost
-from foretoken.bench.machine import environment
-from foretoken.bench.record import portable_command, write_record
+from foretoken.bench.resume import begun_record, new_record, save_record
 from foretoken.bench.runner import System, foretoken_specs, load_host
 from foretoken.bench.sweep.cell import as_entry, measure
 from foretoken.bench.sweep.settings import AUTO, PLAIN, SweepSettings
 from foretoken.bench.sweep.work import PROMPT_TOKENS, SweepWork
 from foretoken.bench.systems import HostInfo
 from foretoken.core.progress import OnProgress, Progress, silent
-from foretoken.errors import ConfigError
 from foretoken.models.tokenizer import Tokenizer
 from foretoken.planner.plan import ADAPTIVE_MAX_NODES
 
-RECORD = "record.json"
 WHAT = "foretoken bench sweep"
 FORMAT = 1
 POLICY = (
@@ -68,7 +61,15 @@ def run_sweep(
         ModelError: A model cannot be loaded.
         ForetokenError: A method failed.
     """
-    record = _begun(settings, None if begins_anew else folder) or _new_record(settings, command)
+    found = begun_record(WHAT, settings.as_json(), None if begins_anew else folder)
+    record = found or new_record(
+        WHAT,
+        number=FORMAT,
+        policy=POLICY,
+        settings=settings.as_json(),
+        threads=settings.threads,
+        command=command,
+    )
     cells, keys = record["cells"], settings.cells
     if cells:
         report(Progress(done=len(cells), total=len(keys), stage="cells", is_resumed=True))
@@ -82,7 +83,7 @@ def run_sweep(
             say = partial(_say, report, len(cells), len(keys))
             cells.append(as_entry(key, measure(key, systems, work, settings, say)))
             if folder is not None:
-                _save(record, folder)
+                save_record(record, folder)
     _say(report, len(cells), len(keys), "done")
     return record
 
@@ -96,45 +97,6 @@ def _facts(info: HostInfo) -> dict[str, Any]:
         "num_parameters": info.num_parameters,
         "dtype": info.dtype,
         "exactness": info.exactness,
-    }
-
-
-def _begun(settings: SweepSettings, folder: Path | None) -> dict[str, Any] | None:
-    """Return the record that a run with the same settings has left; None if there is none."""
-    path = None if folder is None else folder / RECORD
-    if path is None or not path.exists():
-        return None
-    try:
-        record = dict(json.loads(path.read_text(encoding="utf-8")))
-        found, cells = dict(record["settings"]), list(record["cells"])
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ConfigError(
-            f"record.json in {str(folder)!r} cannot be continued: {error!r}",
-            hint="choose another folder, or overwrite it with --force",
-        ) from error
-    wanted = {**settings.as_json(), "foretoken": __version__}
-    other = [name for name in (*wanted, *found) if found.get(name) != wanted.get(name)]
-    if record.get("what") != WHAT or other:
-        changes = "; ".join(
-            f"{name} {found.get(name)}, now {wanted.get(name)}" for name in dict.fromkeys(other)
-        )
-        raise ConfigError(
-            f"record.json in {str(folder)!r} is of another run: {changes or record.get('what')}",
-            hint="repeat the command that began it, choose another folder, or use --force",
-        )
-    return {**record, "cells": cells}
-
-
-def _new_record(settings: SweepSettings, command: Sequence[str]) -> dict[str, Any]:
-    return {
-        "what": WHAT,
-        "format": FORMAT,
-        "command": portable_command(command),
-        "at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "policy": POLICY,
-        "environment": environment(settings.threads),
-        "settings": {**settings.as_json(), "foretoken": __version__},
-        "cells": [],
     }
 
 
@@ -155,12 +117,6 @@ def _load(stack: ExitStack, settings: SweepSettings, report: OnProgress) -> list
             systems.append(System(PLAIN, PLAIN, host, is_peer=False))
         systems.append(System(name, PLAIN, host, is_peer=False))
     return systems
-
-
-def _save(record: Mapping[str, Any], folder: Path) -> None:
-    """Put the record in its place, whole or not at all."""
-    with TemporaryDirectory(dir=folder, prefix=".") as draft:
-        write_record(record, Path(draft)).replace(folder / RECORD)
 
 
 __all__ = ["FORMAT", "POLICY", "WHAT", "run_sweep"]

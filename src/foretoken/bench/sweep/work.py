@@ -58,7 +58,7 @@ class SweepWork:
             Kind.RANDOM: _Noise(info.vocab_size or 1, prompt_tokens, num_wanted).make
         }
         if tokenizer is not None:
-            stories = _Stories(tokenizer, prompt_tokens, num_wanted, settings.threads)
+            stories = Stories(tokenizer, prompt_tokens, num_wanted, settings.threads)
             self._makers |= {Kind.STORY: stories.begin, Kind.EDIT: stories.edit}
         elif set(settings.workloads) != {Kind.RANDOM}:
             raise ConfigError(
@@ -108,8 +108,15 @@ class _Noise:
         return pairs
 
 
-class _Stories:
-    """Prompts from stories that the embedded target writes, in the target's own tokens."""
+class Stories:
+    """Prompts from stories that the embedded target writes, in the target's own tokens.
+
+    Args:
+        tokenizer: Of the target.
+        prompt_tokens: Of each beginning, at most.
+        num_wanted: New tokens per prompt; an edited text has as many.
+        threads: CPU threads of the writer.
+    """
 
     def __init__(
         self, tokenizer: Tokenizer, prompt_tokens: int, num_wanted: int, threads: int
@@ -178,4 +185,4 @@ def _split(token_ids: Sequence[int], num_prompt_ids: int) -> _Pair:
     return tuple(token_ids[:num_prompt_ids]), tuple(token_ids[num_prompt_ids:])
 
 
-__all__ = ["SweepWork", "edited"]
+__all__ = ["Stories", "SweepWork", "edited"]
