@@ -84,9 +84,14 @@ def test_options_reach_the_settings_and_the_engine(serve, tmp_path):
 
 
 def test_keys_of_the_environment(serve, monkeypatch):
-    monkeypatch.setenv(command.KEYS_VARIABLE, " key-number-1, key-number-2,")
+    monkeypatch.setenv(command.KEYS_VARIABLE, " key-number-1, key-number-2\nkey-number-4\n")
     done = serve("--api-key", "key-number-2", "--api-key", "key-number-3")
-    assert done.settings.api_keys == ("key-number-2", "key-number-3", "key-number-1")
+    assert done.settings.api_keys == (
+        "key-number-2",
+        "key-number-3",
+        "key-number-1",
+        "key-number-4",
+    )
     assert "Authorization: Bearer $KEY" in done.err
     assert "key-number" not in done.err
 

@@ -252,8 +252,9 @@ def test_what_leaves_a_token_is_no_contradiction(values):
     SamplingParams(**values)
 
 
-def test_temperatures_that_would_overflow_logits_are_refused():
-    """Temperatures near zero divided logits to infinity, and the lowest id of several won."""
+@pytest.mark.parametrize(("allowed", "refused"), [(1e-6, 1e-40), (1e6, 1e300)])
+def test_temperatures_that_would_overflow_are_refused(allowed, refused):
+    """Near zero they divided logits to infinity, and the lowest id of several won."""
     with pytest.raises(ConfigError, match="temperature"):
-        SamplingParams(temperature=1e-40)
-    assert SamplingParams(temperature=1e-6).temperature == 1e-6
+        SamplingParams(temperature=refused)
+    assert SamplingParams(temperature=allowed).temperature == allowed

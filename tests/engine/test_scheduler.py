@@ -454,14 +454,16 @@ def test_what_a_preempted_request_had_is_found_again():
     assert (work.start, work.num_known) == (48, 1)
 
 
-def test_a_draft_that_went_on_behind_the_end_is_not_shared():
+@pytest.mark.parametrize(("num_prompt_ids", "num_blocks"), [(14, 0), (31, 2), (40, 2), (47, 3)])
+def test_of_a_draft_that_went_on_behind_the_end_the_output_is_shared(num_prompt_ids, num_blocks):
     cache, scheduler = make(prefix_caching=True)
-    it = request("a", prompt_ids=list(range(14)), num_new=30)
+    it = request("a", prompt_ids=list(range(num_prompt_ids)), num_new=30)
     scheduler.add(it)
     [work] = advance(scheduler)
-    cache.stage(work.sequence, list(range(-1, 24)))
-    cache.commit([(work.sequence, range(25))])
+    cache.stage(work.sequence, list(range(-1, num_prompt_ids + 10)))
+    cache.commit([(work.sequence, range(num_prompt_ids + 11))])
     it.token_ids.append(5)  # and no more: the output ended in the middle of the draft
     scheduler.remove("a")
-    assert cache.num_cached_blocks == 0
+    assert cache.num_cached_blocks == num_blocks
     assert cache.num_free_blocks == cache.num_blocks
+    cache.check_integrity()

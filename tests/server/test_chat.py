@@ -3,6 +3,9 @@
 import pytest
 
 from foretoken.errors import RequestError
+from foretoken.server.chat import chat_call
+from foretoken.server.schemas import ChatRequest
+from foretoken.server.settings import ServerSettings
 from foretoken.server.token_texts import TokenTexts
 from tests.server.conftest import CHAT_TEMPLATE
 
@@ -83,6 +86,22 @@ def test_logprobs_have_bytes(chat):
         assert entry["top_logprobs"][0]["logprob"] >= entry["logprob"]
     assert chat(logprobs=True)["choices"][0]["logprobs"]["content"][0]["top_logprobs"] == []
     assert chat()["choices"][0]["logprobs"] is None
+
+
+def test_a_prediction_is_read_once_however_many_choices_it_has(llm, monkeypatch):
+    texts = []
+    encode = llm.encode
+    monkeypatch.setattr(llm, "encode", lambda given: texts.append(given) or encode(given))
+    body = ChatRequest(
+        model="stories",
+        messages=HELLO,
+        n=3,
+        prediction={"type": "content", "content": "a dog"},
+    )
+    settings = ServerSettings(model_name="stories", chat_template="{{ messages[0].content }}")
+    call = chat_call(llm, settings, body, "x")
+    assert [it.reference_ids for it in call.submissions] == 3 * [encode("a dog")]
+    assert texts == ["a dog"]
 
 
 @pytest.mark.parametrize("parts", [False, True])

@@ -700,3 +700,25 @@ def test_who_watches_watches_while_it_runs(llm, run):
 
     asyncio.run(scenario())
     assert llm.engine.parts is parts
+
+
+def test_who_cannot_watch_keeps_nobody_waiting(llm, run, recorder, monkeypatch, caplog):
+    monkeypatch.setattr(recorder, "watch", lambda _: raise_(RuntimeError("no")))
+
+    async def scenario(thread):
+        return await read(await submit(thread, submission(llm, "a")))
+
+    assert run(scenario)[-1].finish_reason is not None
+    assert recorder.ends == [("a", "length")]
+    assert "cannot be watched" in caplog.text
+
+
+def test_a_request_that_comes_as_the_engine_breaks_ends_too(llm, run, recorder):
+    async def scenario(thread):
+        thread._loop.has_failed = True
+        thread._check_open = lambda: None  # it was open when it looked
+        with pytest.raises(EngineFailedError):
+            await read(await submit(thread, submission(llm, "a")))
+
+    run(scenario)
+    assert recorder.ends == [("a", "engine_failed")]

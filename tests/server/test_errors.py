@@ -62,7 +62,7 @@ FIELDS = [
     ({"temperature": "1"}, "temperature", "valid number; got '1'"),
     ({"temperature": True}, "temperature", "valid number"),
     ({"temperature": -0.1}, "temperature", "greater than or equal to 0"),
-    ({"temperature": 1e-9}, "temperature", "0 or >= 1e-06"),
+    ({"temperature": 1e-9}, "temperature", "0 or in [1e-06, 1e+06]"),
     ({"temperature": 10**400}, "temperature", "valid number"),
     ({"top_p": 0}, "top_p", "greater than 0"),
     ({"n": 0}, "n", "greater than or equal to 1"),

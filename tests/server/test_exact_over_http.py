@@ -7,12 +7,16 @@ prefix cache, one request at a time.
 import asyncio
 import json
 from contextlib import closing
+from types import SimpleNamespace
 
 import httpx
 import pytest
 
 from foretoken import LLM, SamplingParams
 from foretoken.core.noise import derive_seed
+from foretoken.server.app import create_app
+from foretoken.server.settings import ServerSettings
+from tests.server.conftest import MODEL_NAME, START_S, Gate, served, wait_until
 
 PROMPTS = ("Once upon a time", "One day, Tom and his dog went to the park. " * 3)
 SCHEMA = {
@@ -63,6 +67,19 @@ def expected(plain):
         return known[key]
 
     return compute
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["prefix cache", "no prefix cache"])
+def roomy(request):
+    """A server on which 40 requests run at once, with a prefix cache and without."""
+    settings = ServerSettings(model_name=MODEL_NAME, port=0, drain_s=5.0)
+    options = {"prefix_caching": request.param, "max_requests": 40}
+    with (
+        closing(LLM(MODEL_NAME, **options)) as llm,
+        served(create_app(llm, settings), settings) as running,
+        httpx.Client(base_url=running.base_url, timeout=START_S) as client,
+    ):
+        yield SimpleNamespace(llm=llm, server=running, client=client, shares=request.param)
 
 
 def body_of(case, prompt, *, stream, enabled):
@@ -117,6 +134,22 @@ def wanted(output):
     )
 
 
+def ask_all(server, asked, when_sent=lambda: None):
+    """Return the answers to calls that are all made at once; tell when they are on their way."""
+    bodies = [body_of(case, prompt, stream=s, enabled=e) for case, prompt, s, e in asked]
+    limits = httpx.Limits(max_connections=len(bodies))
+
+    async def ask():
+        async with httpx.AsyncClient(
+            base_url=server.base_url, limits=limits, timeout=60, trust_env=False
+        ) as client:
+            calls = [client.post("/v1/completions", json=body) for body in bodies]
+            answers, _ = await asyncio.gather(asyncio.gather(*calls), asyncio.to_thread(when_sent))
+            return answers
+
+    return asyncio.run(ask())
+
+
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(("stream", "enabled"), VARIANTS)
 def test_alone(http, expected, case, stream, enabled):
@@ -127,27 +160,55 @@ def test_alone(http, expected, case, stream, enabled):
 
 
 def test_amid_many_others(api, expected):
-    """All cases and variants at once: each runs amid more than 32 others."""
+    """All cases and variants at once, more than run at a time."""
     asked = [
         (case, prompt, stream, enabled)
         for case in CASES
         for prompt in PROMPTS
         for stream, enabled in VARIANTS
     ]
-    bodies = [body_of(case, prompt, stream=s, enabled=e) for case, prompt, s, e in asked]
-    limits = httpx.Limits(max_connections=len(bodies))
+    assert len(asked) == 80
+    for (case, prompt, _, _), answer in zip(asked, ask_all(api, asked), strict=True):
+        assert read(answer) == wanted(expected(case, prompt))
 
-    async def ask_all():
-        async with httpx.AsyncClient(
-            base_url=api.base_url, limits=limits, timeout=60, trust_env=False
-        ) as client:
-            calls = [client.post("/v1/completions", json=body) for body in bodies]
-            return await asyncio.gather(*calls)
 
-    answers = asyncio.run(ask_all())
-    assert len(answers) > 33
+def test_in_steps_with_many_others(roomy, expected, monkeypatch):
+    """Each runs amid more than 32 others; the first come may have a step to themselves."""
+    gate = Gate(roomy.llm.engine)
+    monkeypatch.setattr(roomy.llm.engine, "step", gate.step)
+    asked = [
+        (case, prompt, stream, enabled)
+        for case in CASES
+        for (stream, enabled), prompt in zip(VARIANTS, PROMPTS + PROMPTS[::-1], strict=True)
+    ]
+    thread = roomy.server.engine_thread
+    gate.close()
+    answers = ask_all(
+        roomy.server,
+        asked,
+        when_sent=lambda: (
+            wait_until(lambda: thread.num_running + thread.num_waiting == len(asked)),
+            gate.open(),
+        ),
+    )
+    assert roomy.llm.engine.max_requests == len(asked) == 40
+    assert max(map(len, gate.members)) > 33
     for (case, prompt, _, _), answer in zip(asked, answers, strict=True):
         assert read(answer) == wanted(expected(case, prompt))
+
+
+@pytest.mark.parametrize("case", ["greedy", "sampled cut", "sampled schema"])
+def test_with_a_prefix_that_was_said_before(roomy, expected, case):
+    """A prompt comes again, then goes on with what the model said, as a conversation does."""
+    prompt, num_cached = PROMPTS[1], []
+    for _ in range(3):
+        body = body_of(case, prompt, stream=False, enabled=True)
+        answer = roomy.client.post("/v1/completions", json=body)
+        assert read(answer) == wanted(expected(case, prompt))
+        num_cached.append(answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"])
+        if len(num_cached) == 2:
+            prompt += answer.json()["choices"][0]["text"]
+    assert all(num_cached[1:]) if roomy.shares else not any(num_cached)
 
 
 @pytest.mark.parametrize("stream", [False, True])

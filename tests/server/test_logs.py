@@ -275,13 +275,13 @@ def test_prompts_and_outputs_if_asked(llm, lines):
 def test_formats(log_format):
     stream = io.StringIO()
     configure_logging(log_format, stream=stream)
-    log_event("started", url="http://127.0.0.1:8000")
-    logging.getLogger("uvicorn.error").info("from %s", "elsewhere")
-    logging.getLogger("uvicorn.error").debug("too much")
+    log_event("started", url="http://127.0.0.1:8000", model="stories")
+    logging.getLogger("somebody").info("from %s", "elsewhere")
+    logging.getLogger("somebody").debug("too much")
     first, second = stream.getvalue().splitlines()
     if log_format == "text":
         assert "started" in first
-        assert "url=http://127.0.0.1:8000" in first
+        assert first.endswith("url=http://127.0.0.1:8000 model=stories"), "in the order given"
         assert "\x1b" not in first, "no colours where there is no terminal"
     else:
         record = json.loads(first)

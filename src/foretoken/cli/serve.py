@@ -65,8 +65,8 @@ ApiKeys = Annotated[
     _server(
         "--api-key",
         "KEY",
-        f"Ask for this key; may be repeated. Better: {KEYS_VARIABLE}, with commas, which others "
-        "on this machine do not see.",
+        f"Ask for this key; may be repeated. Better: {KEYS_VARIABLE}, with commas or lines, which "
+        "others on this machine do not see.",
     ),
 ]
 ModelName = Annotated[
@@ -250,8 +250,8 @@ def serve(
 
 def _keys(given: Sequence[str] | None) -> tuple[str, ...]:
     """Return the keys of the command line and of the environment, each once."""
-    named = os.environ.get(KEYS_VARIABLE, "").split(",")
-    return tuple(dict.fromkeys([*(given or ()), *(key.strip() for key in named if key.strip())]))
+    named = os.environ.get(KEYS_VARIABLE, "").replace(",", " ").split()
+    return tuple(dict.fromkeys([*(given or ()), *named]))
 
 
 def _check_packages() -> None:

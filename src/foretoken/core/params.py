@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 MAX_SEED = 2**64
 LOGPROBS_MODES = ("raw", "processed")
 MIN_TEMPERATURE = 1e-6  # below, logits overflow when divided; 0 means greedy
+MAX_TEMPERATURE = 1e6  # every token is as likely as the others; far above, it overflows itself
 
 LogitsProcessor = Callable[["Tensor", "Tensor"], "Tensor"]
 """A user's own control: maps (input_ids [1, T] int64, scores [1, V]) to scores [1, V]."""
@@ -27,8 +28,8 @@ _CUTOFF = "in [0, 1)", lambda value: 0 <= value < 1
 _PENALTY = "in [-2, 2]", lambda value: -2 <= value <= 2
 _REALS: dict[str, tuple[str, Callable[[float], bool]]] = {
     "temperature": (
-        f"0 or >= {MIN_TEMPERATURE:g}",
-        lambda value: value == 0 or value >= MIN_TEMPERATURE,
+        f"0 or in [{MIN_TEMPERATURE:g}, {MAX_TEMPERATURE:g}]",
+        lambda value: value == 0 or MIN_TEMPERATURE <= value <= MAX_TEMPERATURE,
     ),
     "top_p": _POSITIVE_SHARE,
     "min_p": _SHARE,
@@ -80,7 +81,7 @@ class SamplingParams:
         logits_processors: Functions of (input_ids [1, T], scores [1, V]) that return new scores,
             as transformers' LogitsProcessor; they depend on their arguments alone. Applied in
             turn, to copies.
-        temperature: 0 or >= 1e-6; 0 is greedy, ties to the lowest token id.
+        temperature: 0 or in [1e-6, 1e6]; 0 is greedy, ties to the lowest token id.
         top_h: Keep the likeliest tokens, of a hundred, up to this share of their entropy;
             0 < h <= 1, None is off (arXiv:2509.02510).
         top_k: Keep the k most likely tokens; 0 keeps all.

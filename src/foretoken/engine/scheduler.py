@@ -222,9 +222,7 @@ class Scheduler:
 
     def _share(self, running: _Running) -> None:
         """Let others that begin with the same tokens have its blocks."""
-        # A draft that went on behind the end of the output has left more than the output.
-        is_known = running.num_unseen > 0
-        if self._prefix_caching and is_known:
+        if self._prefix_caching:
             self._cache.share(running.sequence, running.request.token_ids)
 
     def _share_prompts(self, fed: Sequence[_Running], prefilling: Sequence[_Running]) -> None:

@@ -90,11 +90,13 @@ class EngineLoop:
                 is_idle = False
 
     def _admit(self, runnings: Sequence[Running]) -> None:
+        self._admitted |= {running.request.request_id: running for running in runnings}
         if self.has_failed:
+            for running in runnings:
+                self._leave(running, "engine_failed")
             _fail(runnings, EngineFailedError("it does not run any more"))
             return
         for running in runnings:
-            self._admitted[running.request.request_id] = running
             try:
                 self._engine.submit(running.request)
             except Exception as error:  # noqa: BLE001 - the others are to be queued
@@ -169,9 +171,12 @@ class EngineLoop:
 
 @contextmanager
 def _watched(engine: Engine, observer: Observer) -> Iterator[None]:
-    """Let an observer watch an engine until the context ends."""
+    """Let an observer watch an engine until the context ends; it serves in any case."""
     parts = engine.parts
-    observer.watch(engine)
+    try:
+        observer.watch(engine)
+    except Exception:  # noqa: BLE001 - nobody waits for want of figures
+        _log.exception("the engine cannot be watched: figures of steps are missing")
     try:
         yield
     finally:

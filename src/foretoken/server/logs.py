@@ -69,7 +69,7 @@ def configure_logging(
     is_terminal = stream.isatty()
     is_text = log_format == "text" or (log_format is None and is_terminal)
     renderer: Processor = (
-        structlog.dev.ConsoleRenderer(colors=is_terminal)
+        structlog.dev.ConsoleRenderer(colors=is_terminal, sort_keys=False, pad_event_to=0)
         if is_text
         else structlog.processors.JSONRenderer(default=str)
     )

@@ -123,6 +123,7 @@ def build_call(
     """
     num_choices = body.n or 1
     wanted = body.speculation
+    reference_ids = _reference_ids(llm, body)
     submissions: list[Submission] = []
     for prompt in prompts:
         params = sampling_params(body, wishes, _max_tokens(llm, settings, prompt, wishes))
@@ -134,7 +135,7 @@ def build_call(
                     params=dataclasses.replace(params, seed=seed),
                     drafters=_drafters(body),
                     max_nodes=wanted.max_nodes if wanted else None,
-                    reference_ids=_reference_ids(llm, body),
+                    reference_ids=reference_ids,
                     deadline_s=body.timeout_s,
                 )
             )

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
+from foretoken.core.params import MAX_TEMPERATURE
 from foretoken.server.errors import FieldError
 from foretoken.server.field_types import (
     AT_LEAST_ONE,
@@ -133,7 +134,7 @@ class GenerationRequest(Schema):
         None, description="Seconds after which the request is given up, with 504."
     )
 
-    temperature: Annotated[float, Field(ge=0)] | None = Field(
+    temperature: Annotated[float, Field(ge=0, le=MAX_TEMPERATURE)] | None = Field(
         1.0, description="0 is greedy. Null is 1, which is OpenAI's default."
     )
     top_p: PositiveShare | None = Field(
@@ -170,7 +171,7 @@ class GenerationRequest(Schema):
     logit_bias: (
         Annotated[
             dict[Annotated[str, Field(pattern="^[0-9]{1,10}$")], Bias],
-            Field(max_length=MAX_ENTRIES),
+            Field(max_length=MAX_ENTRIES, json_schema_extra={"additionalProperties": False}),
             BeforeValidator(refuse_many),
         ]
         | None

@@ -5,11 +5,12 @@ Plain ASGI: each class wraps an application and passes on what it lets through, 
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
 from starlette.middleware.cors import CORSMiddleware
 
@@ -19,6 +20,8 @@ from foretoken.server.settings import ServerSettings, is_loopback
 if TYPE_CHECKING:
     from fastapi import FastAPI
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+LINGER_S = 2.0  # that the rest of a refused body may take
 
 # Nothing from elsewhere and nothing inline: text that a model wrote stays text.
 SECURITY_HEADERS = {
@@ -88,7 +91,7 @@ class SameSite:
         host, origin = _header(scope, b"host"), _header(scope, b"origin").lower()
         if self._is_local and not is_loopback(_without_port(host)):
             return f"this server answers to localhost only; the Host header says {host[:80]!r}"
-        is_foreign = bool(origin) and urlsplit(origin).netloc != host.lower()
+        is_foreign = bool(origin) and origin.partition("://")[2] != host.lower()
         if not is_foreign or scope["method"] in SAFE_METHODS:
             return None  # what they read cross-site, browsers keep from them
         if "*" in self._origins or origin in self._origins:
@@ -161,9 +164,9 @@ class BodyLimit:
             413,
             f"the body has more than the {self._max_bytes} bytes that are allowed",
             code="request_too_large",
-            headers={"Connection": "close"},  # the rest of it is not read
+            headers={"Connection": "close"},  # what of it is still to come then is not read
         )
-        await refusal.response()(scope, receive, send)
+        await refusal.response()(scope, receive, _lingering(receive, send))
 
     async def _read(self, receive: Receive) -> list[Message] | None:
         """Return the messages of a body, the last one complete; None if it is too large."""
@@ -177,6 +180,27 @@ class BodyLimit:
                 return None
             if message["type"] != "http.request" or not message.get("more_body", False):
                 return messages
+
+
+def _lingering(receive: Receive, send: Send) -> Send:
+    """Return a `send` that reads on for a while between an answer and its end.
+
+    A connection that is closed while something is unread is reset, and most clients send all of
+    their body before they read: they would never see the answer.
+    """
+
+    async def send_and_read(message: Message) -> None:
+        if message["type"] != "http.response.body":
+            await send(message)
+            return
+        await send({**message, "more_body": True})
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LINGER_S):
+                while (await receive()).get("more_body", False):
+                    pass
+        await send({"type": "http.response.body", "body": b""})
+
+    return send_and_read
 
 
 def _replay(messages: Sequence[Message], receive: Receive) -> Receive:
