@@ -49,6 +49,8 @@ OPTIONS: tuple[dict[str, Any], ...] = (
     {"speculation": {"drafters": ["suffix"], "max_nodes": 4, "details": True}},
     {"timeout_s": 0.2},
 )
+# At most one of them: a grammar and another rule may leave no token to choose, which is an error.
+CLASHING = {"response_format", "regex", "no_repeat_ngram_size"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,8 +121,8 @@ def good_call(rng: random.Random, *, is_short: bool = False) -> Call:
         seed=rng.getrandbits(48),
     )
     for option in OPTIONS:
-        is_second_grammar = "regex" in option and "response_format" in body
-        if not is_second_grammar and rng.random() < 0.12:
+        clashes = bool(CLASHING & option.keys() and CLASHING & body.keys())
+        if not clashes and rng.random() < 0.12:
             body |= option
     if rng.random() < 0.2:
         body |= {"logprobs": True, "top_logprobs": 3} if kind == "chat" else {"logprobs": 3}

@@ -251,6 +251,30 @@ def test_who_waits_for_the_end_is_woken_once(llm, run):
     run(scenario)
 
 
+def test_steps_of_a_request_that_is_read_at_its_end_leave_the_loop_alone(llm, run, gate):
+    async def scenario(thread):
+        gate.close()
+        running = await submit(thread, submission(llm, "a", params=LONG))
+        reading = asyncio.create_task(running.read_all())
+        await asyncio.sleep(0)  # it reads now
+        loop, num_calls = running.loop, 0
+        call = loop.call_soon_threadsafe
+
+        def counted(*args, **named):
+            nonlocal num_calls
+            num_calls += 1
+            return call(*args, **named)
+
+        loop.call_soon_threadsafe = counted
+        gate.open()
+        emissions = await reading
+        assert sum(len(emission.token_ids) for emission in emissions) == 400
+        assert len(emissions) > 10
+        assert num_calls <= 2  # the end, and the step that the gate may have held
+
+    run(scenario)
+
+
 def test_errors_reach_who_waits_for_the_end(llm, run, gate):
     async def scenario(thread):
         running = await submit(thread, submission(llm, "a", params=LONG, deadline_s=0.1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import socket
 from collections.abc import Callable
 
@@ -89,6 +90,8 @@ def run_server(
     thread: EngineThread = app.state.engine_thread
     config = uvicorn_config(app, settings)
     server = Server(config, thread, on_start=on_start, on_signal=on_signal)
+    # What is loaded stays: a full collection that walks through it takes 0.2 s, in which all wait.
+    gc.freeze()
     server.run(sockets=[listener])
     return thread.stop() and not server.force_exit
 

@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
+from typing import TypeAlias
 
 from foretoken.engine.engine import Engine
 from foretoken.engine.request import Emission
@@ -23,6 +24,8 @@ from foretoken.server.submission import EngineFailedError, Running
 MAX_FAILURES = 3  # steps that fail one after the other, before the engine counts as broken
 
 _log = logging.getLogger("foretoken.server")
+
+_Batches: TypeAlias = defaultdict[AbstractEventLoop, list[tuple[Running, list[Emission]]]]
 
 
 class EngineLoop:
@@ -47,6 +50,7 @@ class EngineLoop:
         self._observer = observer
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._admitted: dict[str, Running] = {}
+        self._kept: dict[str, list[Emission]] = {}  # of requests that are read at their end
         self._num_failures = 0  # one after the other
         self._is_stopping = False
 
@@ -116,15 +120,24 @@ class EngineLoop:
     # -- what comes of steps -----------------------------------------------------------------
 
     def _hand_out(self, emissions: Iterable[Emission]) -> None:
-        """Give requests what they got, with one call per event loop."""
+        """Give requests what they got, with one call per event loop.
+
+        What nobody looks at before the end is kept until then: a loop that wakes up in every step
+        takes time from the next one.
+        """
         at_s = time.perf_counter()
-        batches: defaultdict[AbstractEventLoop, list[tuple[Running, Emission]]] = defaultdict(list)
+        batches: _Batches = defaultdict(list)
         for emission in emissions:
-            running = self._admitted[emission.request_id]
-            batches[running.loop].append((running, emission))
+            running, reason = self._admitted[emission.request_id], emission.finish_reason
+            kept = self._kept.setdefault(emission.request_id, [])
+            kept.append(emission)
             self._observer.emitted(emission.request_id, len(emission.token_ids), at_s)
-            if emission.finish_reason is not None:
-                self._leave(running, emission.finish_reason.value)
+            if reason is None and running.is_read_at_end:
+                continue
+            batches[running.loop].append((running, kept))
+            del self._kept[emission.request_id]
+            if reason is not None:
+                self._leave(running, reason.value)
         for loop, batch in batches.items():
             _call(loop, partial(_deliver, batch))
 
@@ -132,6 +145,7 @@ class EngineLoop:
         """Forget a request that has left the engine."""
         request = running.request
         del self._admitted[request.request_id]
+        self._kept.pop(request.request_id, None)
         started_s = request.stats.started_s
         waited_s = (started_s or time.perf_counter()) - running.submitted_s
         self._observer.finished(request, outcome, max(0.0, waited_s))
@@ -183,9 +197,9 @@ def _watched(engine: Engine, observer: Observer) -> Iterator[None]:
         engine.parts = parts
 
 
-def _deliver(batch: Sequence[tuple[Running, Emission]]) -> None:
-    for running, emission in batch:
-        running.deliver(emission)
+def _deliver(batch: Sequence[tuple[Running, list[Emission]]]) -> None:
+    for running, emissions in batch:
+        running.deliver(emissions)
 
 
 def _fail(runnings: Iterable[Running], error: EngineFailedError) -> None:

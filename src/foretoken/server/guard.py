@@ -18,6 +18,7 @@ from foretoken.engine.step import check_draft
 from foretoken.models.batch import RowStates
 
 T = TypeVar("T")
+Otherwise = TypeVar("Otherwise")
 _log = logging.getLogger("foretoken.server")
 
 
@@ -55,8 +56,10 @@ class GuardedDrafter:
 
     def propose(self, contexts: Sequence[DraftContext]) -> list[Draft]:
         """Return the drafter's drafts if they keep its contract, else empty ones."""
-        empty = [Draft.empty(context.token_ids[-1]) for context in contexts]
-        return self._guarded(lambda: self._checked(contexts), otherwise=empty)
+        drafts = self._guarded(lambda: self._checked(contexts), otherwise=None)
+        if drafts is None:
+            return [Draft.empty(context.token_ids[-1]) for context in contexts]
+        return drafts
 
     def commit(self, outcomes: Sequence[Outcome]) -> None:
         """Pass it on."""
@@ -82,7 +85,7 @@ class GuardedDrafter:
             check_draft(self._label, draft, context, self._vocab_size)
         return drafts
 
-    def _guarded(self, call: Callable[[], T], *, otherwise: T) -> T:
+    def _guarded(self, call: Callable[[], T], *, otherwise: Otherwise) -> T | Otherwise:
         if self.is_broken:
             return otherwise
         try:

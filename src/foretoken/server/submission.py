@@ -151,14 +151,19 @@ class Running:
         self._arrived.clear()
         self._end("cancelled")
 
-    def deliver(self, emission: Emission) -> None:
-        """Take what a step gave."""
+    @property
+    def is_read_at_end(self) -> bool:
+        """Whether nobody looks before nothing more will arrive."""
+        return self._is_read_at_end
+
+    def deliver(self, emissions: Sequence[Emission]) -> None:
+        """Take what steps gave, one at least."""
         if self._is_over:
             return
-        self._arrived.append(emission)
+        self._arrived += emissions
         if not self._is_read_at_end:
             self._news.set()
-        if emission.finish_reason is not None:
+        if emissions[-1].finish_reason is not None:
             self._end("finished")
 
     def fail(self, error: ForetokenError, outcome: str = "engine_failed") -> None:
