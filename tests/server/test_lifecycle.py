@@ -13,8 +13,8 @@ import time
 import httpx
 import pytest
 
-from foretoken import ConfigError
-from foretoken.server.app import create_app
+from foretoken import ConfigError, SamplingParams
+from foretoken.server.app import create_app, warm_up
 from foretoken.server.lifecycle import bind, url_of
 from foretoken.server.settings import ServerSettings
 from tests.engines import check_idle
@@ -262,4 +262,13 @@ def test_a_drain_has_an_end(llm, gate):
     assert time.monotonic() - start_s < 10
     streams.join()
     assert all(error is not None for error in streams.errors)
+    check_idle(llm.engine)
+
+
+def test_warming_up_leaves_nothing_behind(llm):
+    params = SamplingParams(max_new_tokens=12, seed=1, temperature=0.8)
+    [before] = llm.generate("Once upon a time", params)
+    warm_up(llm)
+    [after] = llm.generate("Once upon a time", params)
+    assert after.token_ids == before.token_ids
     check_idle(llm.engine)

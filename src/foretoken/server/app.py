@@ -9,6 +9,7 @@ from collections.abc import Callable
 from fastapi import FastAPI
 
 from foretoken import __version__
+from foretoken.core.params import SamplingParams
 from foretoken.engine.llm import LLM
 from foretoken.server.api import api_router
 from foretoken.server.engine_thread import EngineThread
@@ -90,10 +91,24 @@ def run_server(
     thread: EngineThread = app.state.engine_thread
     config = uvicorn_config(app, settings)
     server = Server(config, thread, on_start=on_start, on_signal=on_signal)
+    warm_up(llm)
     # What is loaded stays: a full collection that walks through it takes 0.2 s, in which all wait.
     gc.freeze()
     server.run(sockets=[listener])
     return thread.stop() and not server.force_exit
 
 
-__all__ = ["create_app", "run_server"]
+def warm_up(llm: LLM) -> None:
+    """Decode a little in both ways, so that the first client does not wait for code to be loaded.
+
+    Args:
+        llm: A model that nobody uses yet.
+    """
+    ways = [
+        SamplingParams(max_new_tokens=8, seed=0, temperature=temperature, ignore_eos=True)
+        for temperature in (0.0, 1.0)
+    ]
+    llm.generate([[0]] * len(ways), ways)
+
+
+__all__ = ["create_app", "run_server", "warm_up"]
