@@ -63,7 +63,8 @@ START_S = 120.0
 DRAIN_S = 30.0
 SETTLE_S = 10.0  # connections close when both sides have noticed
 CHECKPOINT_S = 60.0
-WARM_UP_SHARE = 0.2  # caches, pools and arenas fill up
+WARM_UP_SHARE = 0.2  # caches, pools and arenas fill up ...
+WARM_UP_S = 60.0  # ... which takes so long at least, or half of a run that is shorter
 NUM_BURST = 40
 MAX_KEPT = 20  # unexpected results whose text is kept
 MIB = 1 << 20
@@ -391,7 +392,8 @@ def result_of(
 
 def memory_trend(samples: Sequence[dict[str, float]], limit_mib: float) -> dict[str, Any]:
     """Return how memory moved after the warm-up, by the median of the slopes of all pairs."""
-    begin_s = samples[-1]["s"] * WARM_UP_SHARE
+    last_s = samples[-1]["s"]
+    begin_s = max(WARM_UP_SHARE * last_s, min(WARM_UP_S, last_s / 2))
     late = [sample for sample in samples if sample["s"] >= begin_s]
     seconds = np.array([sample["s"] for sample in late])
     sizes = np.array([sample["rss_mib"] for sample in late])

@@ -95,6 +95,12 @@ def test_growth_is_what_stays(soak, sizes, growth_mib):
     assert trend["warm_up_s"] == pytest.approx(99, abs=1)
 
 
+@pytest.mark.parametrize(("last_s", "warm_up_s"), [(24, 12), (120, 60), (250, 60), (3600, 720)])
+def test_short_runs_warm_up_for_up_to_half_of_them(soak, last_s, warm_up_s):
+    trend = soak.memory_trend(samples([300.0] * (last_s // 2 + 1), interval_s=2.0), limit_mib=8.0)
+    assert trend["warm_up_s"] == pytest.approx(warm_up_s)
+
+
 CHANGES = {
     "calls ended otherwise than they should": {"num_unexpected": 1},
     "no call was answered": {"num_tokens": 0},
