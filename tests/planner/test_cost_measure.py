@@ -18,6 +18,7 @@ from foretoken.planner.cost_measure import (
     Contexts,
     choose_rounds,
     cleaned,
+    halved,
     isotonic,
     measure_cost,
 )
@@ -213,3 +214,16 @@ def test_a_real_model_is_measured_and_left_as_it_was(family):
     assert all(0 < ms < 10_000 for ms in curve.row_table(32, 64)[1:])
     assert torch.equal(torch.random.get_rng_state(), torch_state)
     np.testing.assert_array_equal(np.random.get_state()[1], numpy_state)
+
+
+def test_a_time_beyond_two_passes_over_half_the_rows_was_disturbed():
+    rows = (1, 2, 4, 8, 16, 32, 48, 64)
+    ms = np.array([0.5, 0.5, 0.6, 0.6, 0.9, 2.9, 4.1, 15.9])
+    #                                       1.8  2.7  3.6: twice those of 16, 24 and 32 rows
+    assert halved(rows, ms) == pytest.approx([0.5, 0.5, 0.6, 0.6, 0.9, 1.8, 2.7, 3.6])
+
+
+def test_bounding_by_half_the_rows_leaves_true_times_alone():
+    rows = (*range(1, 33), 48, 64)
+    ms = np.array([blocks_ms(count) for count in rows])
+    assert halved(rows, ms).tolist() == ms.tolist()

@@ -30,7 +30,7 @@ QUICK_S = 0.2  # rounds beyond the usual are taken within this: tiny passes scat
 # Rows to measure, the finest that the budget allows: where trees are, and both sides of the steps
 # that kernels with blocks of 4, 8 or 12 rows make.
 GRIDS = (
-    (*range(1, 17), 18, 20, 22, 24, 25, 28, 32, 36, 37, 48, 64),
+    (*range(1, 17), 18, 20, 22, 24, 25, 28, 32, 36, 37, 48, 64, 96, 128),
     (1, 2, 3, 4, 6, 8, 10, 11, 12, 13, 14, 16, 20, 24, 25, 32, 48),
     (1, 2, 4, 8, 12, 13, 16, 24, 25, 32),
     (1, 4, 12, 13, 24),
@@ -226,7 +226,7 @@ def fit_curve(
     ms = 1000.0 * np.asarray(samples)
     grid = [i for i, case in enumerate(cases) if case.num_requests == 1 and not case.is_long]
     rows = tuple(cases[index].num_rows for index in grid)
-    usual_ms = cleaned(ms[:, grid])
+    usual_ms = halved(rows, cleaned(ms[:, grid]))
     context_rows, context_ms = _fit_context(cases, ms, contexts)
     of_context = contexts.usual * extended(np.array(rows, float), context_rows, context_ms)
     base_ms = usual_ms - np.minimum(of_context, LARGEST_SHARE * usual_ms)
@@ -253,6 +253,23 @@ def cleaned(ms: NDArray[np.float64]) -> NDArray[np.float64]:
     falls = np.quantile(ms[:, :-1] / ms[:, 1:], 0.25, axis=0) > DIP
     runs = np.split(level, np.flatnonzero(falls) + 1)
     return np.concatenate([isotonic(run) for run in runs])
+
+
+def halved(rows: Sequence[int], ms: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return times of which none is more than that of two passes over half the rows.
+
+    So many rows could be fed that way. A time beyond it was disturbed in most rounds, and would
+    keep a planner from ever feeding so many rows, and so from learning better.
+
+    Args:
+        rows: Ascending from 1.
+        ms: Of passes over them.
+    """
+    bounded = ms.copy()
+    for index, num_rows in enumerate(rows[1:], start=1):
+        half_ms = float(np.interp(num_rows / 2, rows[:index], bounded[:index]))
+        bounded[index] = min(bounded[index], 2.0 * half_ms)
+    return bounded
 
 
 def isotonic(values: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -306,4 +323,13 @@ def _quartile(ms: NDArray[np.float64]) -> NDArray[np.float64]:
     return lower
 
 
-__all__ = ["BUDGET_S", "Case", "Contexts", "choose_cases", "cleaned", "fit_curve", "measure_cost"]
+__all__ = [
+    "BUDGET_S",
+    "Case",
+    "Contexts",
+    "choose_cases",
+    "cleaned",
+    "fit_curve",
+    "halved",
+    "measure_cost",
+]
