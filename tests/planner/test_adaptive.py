@@ -193,3 +193,13 @@ def test_a_way_that_does_not_pay_is_not_taken_for_the_steps_after_a_prompt_was_r
         planner.order(shares[:2])  # another number of requests, so that the next step is planned
         planner.order([*shares, *beside])
         assert planner.order(shares) == [{}] * 4
+
+
+def test_a_curve_that_falls_gives_no_rows_for_less_than_nothing():
+    # As one that was measured while others worked: eight rows seem to take less than one.
+    falling = CostCurve(rows=(1, 2, 4, 8, 16), base_ms=(1.0, 1.0, 0.9, 0.5, 0.6))
+    planner = AdaptivePlanner(
+        CostModel(falling), ["copy"], max_nodes=16, first_guess={"copy": 0.02}
+    )
+    budget = DraftBudget(max_nodes=16, max_depth=16)
+    assert planner.order([SimulatedShare("r", ("copy",), budget)]) == [{}]

@@ -255,8 +255,7 @@ class AdaptivePlanner(Planner):
         again, self._is_probe_wasted = self._is_probe_wasted, False
         if again and self._probe not in in_use:
             return
-        able = {label for share in decoding for label in share.drafters}
-        self._probe = self._probes.pick(in_use, able)
+        self._probe = self._probes.pick(in_use, {it for share in decoding for it in share.drafters})
         self._num_probes += self._probe is not None
 
     # -- after drafting ----------------------------------------------------------------------
@@ -387,8 +386,11 @@ class AdaptivePlanner(Planner):
         self, shares: Sequence[Share], num_fixed: int, num_nodes: int
     ) -> NDArray[np.float64]:
         """Return what a step takes with so many rows in any case and 0, 1, ... nodes beside."""
-        num_keys = sum(share.num_keys for share in shares)
-        return self._cost.step_table(num_fixed + num_nodes, num_keys, len(shares))[num_fixed:]
+        keys = sum(share.num_keys for share in shares)
+        table_ms = self._cost.step_table(num_fixed + num_nodes, keys, len(shares))[num_fixed:]
+        # A curve that was measured on a busy machine may say that more rows take less.
+        bounded: NDArray[np.float64] = np.maximum(table_ms, table_ms[0])
+        return bounded
 
     def forget(self, request_id: str) -> None:
         """Forget a request that has ended."""
