@@ -52,8 +52,15 @@ from soak_traffic import (
     send,
 )
 
+from foretoken.assets import EMBEDDED
+
 # Room for the longest call, and for four long ones not at once.
 SERVE = ["--threads", "1", "--max-requests", "4", "--max-queue", "8", "--kv-cache-tokens", "640"]
+# The drafters of `auto`; `suffix` keeps few outputs, so that its store is full after a minute. By
+# default it grows to 40 MB in some hours, as it should, and would hide a leak as large.
+DRAFT = EMBEDDED["stories"].draft
+SERVE += ["--drafter", f"draft-model:path={DRAFT}"]
+SERVE += ["--drafter", "suffix:max_tokens=8192", "--adaptive"]
 MALLOC = {
     "MALLOC_ARENA_MAX": "2",
     "MALLOC_MMAP_THRESHOLD_": "131072",
@@ -374,7 +381,7 @@ def result_of(
     return {
         "minutes": args.minutes,
         "load_limit_cores": args.load,
-        "server": SERVE,
+        "server": [word.replace(str(DRAFT), DRAFT.name) for word in SERVE],
         "seed": args.seed,
         "malloc": "its own" if args.own_malloc else MALLOC,
         "num_calls": sum(run.outcomes.values()),
