@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from foretoken.core.draft import Draft
 from foretoken.core.tree import ROOT
 from foretoken.core.verdict import Verdict
-from foretoken.planner.base import FixedPlanner, Order, Planner, Share, StepTimes
+from foretoken.planner.base import FixedPlanner, PassingPlanner, Planner, Share, StepTimes
 
 NUM_CONFIDENCE_BINS = 10
 
@@ -122,7 +122,7 @@ class Tally:
         self.num_taken += is_taken
 
 
-class StepLog(Planner):
+class StepLog(PassingPlanner):
     """Leaves every decision to another planner and writes down what came of it.
 
     What it does itself happens after the step's clock has stopped.
@@ -135,16 +135,8 @@ class StepLog(Planner):
     """
 
     def __init__(self, planner: Planner | None = None) -> None:
+        super().__init__(planner or FixedPlanner())
         self.steps: list[StepRecord] = []
-        self._planner = planner or FixedPlanner()
-
-    def order(self, shares: Sequence[Share]) -> list[Order]:
-        """Return the other planner's orders."""
-        return self._planner.order(shares)
-
-    def choose(self, shares: Sequence[Share], drafts: Sequence[Draft]) -> list[Draft]:
-        """Return the other planner's choice."""
-        return self._planner.choose(shares, drafts)
 
     def observe(
         self,
@@ -173,11 +165,7 @@ class StepLog(Planner):
                 times=times,
             )
         )
-        self._planner.observe(shares, scored, verdicts, times)
-
-    def forget(self, request_id: str) -> None:
-        """Pass it on."""
-        self._planner.forget(request_id)
+        super().observe(shares, scored, verdicts, times)
 
 
 def judge(request_id: str, draft: Draft, verdict: Verdict) -> DraftRecord:

@@ -88,6 +88,39 @@ class Planner(Protocol):
         ...
 
 
+class PassingPlanner(Planner):
+    """Leaves every decision to another planner; those who only watch steps derive from it.
+
+    Args:
+        planner: Who decides.
+    """
+
+    def __init__(self, planner: Planner) -> None:
+        self._planner = planner
+
+    def order(self, shares: Sequence[Share]) -> list[Order]:
+        """Return the other planner's orders."""
+        return self._planner.order(shares)
+
+    def choose(self, shares: Sequence[Share], drafts: Sequence[Draft]) -> list[Draft]:
+        """Return the other planner's choice."""
+        return self._planner.choose(shares, drafts)
+
+    def observe(
+        self,
+        shares: Sequence[Share],
+        scored: Sequence[Draft],
+        verdicts: Sequence[Verdict | None],
+        times: StepTimes,
+    ) -> None:
+        """Pass it on."""
+        self._planner.observe(shares, scored, verdicts, times)
+
+    def forget(self, request_id: str) -> None:
+        """Pass it on."""
+        self._planner.forget(request_id)
+
+
 class FixedPlanner(Planner):
     """Every drafter drafts in every step, within the bounds, and all of it is scored."""
 

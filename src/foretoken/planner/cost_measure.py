@@ -243,8 +243,8 @@ def cleaned(ms: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return the time of each number of rows, where more rows take no less but for good reason.
 
     The lower quartiles over rounds are made monotone (isotonic regression), since more rows are
-    more work. A time that falls again is kept, though, if it does so in most rounds: two blocks of
-    6 and 7 rows can be faster than one of 12, and a planner had better know.
+    more work. A time that falls again is kept, though, if it does so in most rounds: two small
+    blocks of rows can be faster than a large one, and a planner had better know.
 
     Args:
         ms: Times of ascending numbers of rows, [rounds, rows].

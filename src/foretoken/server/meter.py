@@ -10,7 +10,7 @@ from typing import TypeVar, cast
 from foretoken.core.draft import Draft, source_names
 from foretoken.core.verdict import Verdict
 from foretoken.engine.scheduler import Work
-from foretoken.planner.base import Order, Planner, Share, StepTimes
+from foretoken.planner.base import PassingPlanner, Planner, Share, StepTimes
 from foretoken.server.speedup import PlainPace, StepShape
 from foretoken.server.windows import Totals, Window
 
@@ -132,7 +132,7 @@ class Meter:
             _add(totals.plain_s, kind, self.pace.observe(shape, times))
 
 
-class MeteringPlanner(Planner):
+class MeteringPlanner(PassingPlanner):
     """Leaves every decision to another planner and has each step counted.
 
     It counts when the step's clock has stopped.
@@ -143,16 +143,8 @@ class MeteringPlanner(Planner):
     """
 
     def __init__(self, planner: Planner, meter: Meter) -> None:
-        self._planner = planner
+        super().__init__(planner)
         self._meter = meter
-
-    def order(self, shares: Sequence[Share]) -> list[Order]:
-        """Return the other planner's orders."""
-        return self._planner.order(shares)
-
-    def choose(self, shares: Sequence[Share], drafts: Sequence[Draft]) -> list[Draft]:
-        """Return the other planner's choice."""
-        return self._planner.choose(shares, drafts)
 
     def observe(
         self,
@@ -164,11 +156,7 @@ class MeteringPlanner(Planner):
         """Have the step counted, then pass it on."""
         # The engine's shares are its works, whose requests have their tokens by now.
         self._meter.add_step(cast("Sequence[Work]", shares), scored, verdicts, times)
-        self._planner.observe(shares, scored, verdicts, times)
-
-    def forget(self, request_id: str) -> None:
-        """Pass it on."""
-        self._planner.forget(request_id)
+        super().observe(shares, scored, verdicts, times)
 
 
 def _add(sums: dict[Key, float], key: Key, value: float) -> None:
