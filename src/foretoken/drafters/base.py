@@ -26,7 +26,8 @@ class DrafterNeeds:
     """What a drafter asks of the engine, which reads this and never the class.
 
     Args:
-        hidden_layers: Target layers whose states at the scored nodes the drafter receives.
+        hidden_layers: Target layers whose states the drafter observes; 0 is the embedding, and
+            those after the last layer are normalized.
         top_logits: How many of the likeliest tokens after each scored node it receives.
         draft_cache: Whether it keeps keys and values that must follow every commit.
         shared_layers: How many of the target's first layers it runs itself, as `row_states` tell.
@@ -120,15 +121,27 @@ class Outcome:
         draft: What was scored, of all drafters; the verdict's path are its nodes.
         top_ids: Likeliest tokens after each node by the target's raw logits, best first, [N, k],
             -1 where there are fewer; no rows unless a drafter that drafted in this step asks.
-        hidden: For each layer that such a drafter asks for, the target's states at the nodes,
-            [N, D].
     """
 
     request_id: str
     verdict: Verdict
     draft: Draft
     top_ids: NDArray[np.int64] = field(default_factory=lambda: NO_TOP_IDS)
-    hidden: Mapping[int, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StandingStates:
+    """What the target computed in one step of tokens of a request that stand.
+
+    Args:
+        request_id: As given to `start`.
+        start: Position of the first of these tokens.
+        hidden: For each layer asked for, the states of the tokens from there on, [n, D].
+    """
+
+    request_id: str
+    start: int
+    hidden: Mapping[int, Tensor]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -196,6 +209,19 @@ class Drafter(Protocol):
         alone, whatever else is in the batch.
         """
         ...
+
+    def observe(self, standing: Sequence[StandingStates]) -> None:
+        """Learn the target's states at tokens that stand, if `needs.hidden_layers` asks for any.
+
+        It comes after every step, prompts and steps without its draft included, and before
+        `commit`. What was told by then of a request are all its tokens but the pending one, in
+        order, except those whose keys and values were found in the prefix cache: the first start
+        need not be 0.
+
+        Args:
+            standing: One for each request of the step that it may draft for.
+        """
+        return
 
     def commit(self, outcomes: Sequence[Outcome]) -> None:
         """Learn what was kept of a step that this drafter drafted for.

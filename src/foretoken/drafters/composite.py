@@ -19,6 +19,7 @@ from foretoken.drafters.base import (
     DrafterNeeds,
     Outcome,
     RequestView,
+    StandingStates,
 )
 from foretoken.errors import ConfigError
 from foretoken.models.batch import RowStates
@@ -58,6 +59,17 @@ class CompositeDrafter(Drafter):
         """Let every member learn of a new request."""
         for _, drafter in self.members:
             drafter.start(request)
+
+    def observe(self, standing: Sequence[StandingStates]) -> None:
+        """Let every member that asks for states have its own."""
+        for _, drafter in self.members:
+            if layers := drafter.needs.hidden_layers:
+                drafter.observe(
+                    [
+                        replace(it, hidden={layer: it.hidden[layer] for layer in layers})
+                        for it in standing
+                    ]
+                )
 
     def commit(self, outcomes: Sequence[Outcome]) -> None:
         """Tell every member what was kept; they are used to drafts that are not theirs."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from foretoken.core.draft import Draft, DraftBudget, SiblingDraw, merge_drafts
 from foretoken.core.ranking import argmax_ids, best_tokens
 from foretoken.core.verdict import Verdict
-from foretoken.drafters.base import NO_TOP_IDS, DraftContext, Drafter, Outcome
+from foretoken.drafters.base import NO_TOP_IDS, DraftContext, Drafter, Outcome, StandingStates
 from foretoken.engine.logprobs import TokenLogprobs, output_logprobs, row_logprobs
 from foretoken.engine.request import Emission
 from foretoken.engine.scheduler import Scheduler, Work
@@ -72,7 +72,7 @@ def run_step(parts: StepParts) -> list[Emission]:
             cache, [_segment(w, d, s) for w, d, s in zip(works, drafts, states, strict=True)]
         )
         rows, scored = _lay_out(batch, works, drafts)
-        hidden_layers = _hidden_layers(parts.drafters, orders)
+        hidden_layers = _hidden_layers(parts.drafters, works)
         before_s = perf_counter()
         output = parts.target.forward(batch, rows, hidden_layers=hidden_layers)
         output.wait()  # verification would, and the pass is to be timed
@@ -81,6 +81,7 @@ def run_step(parts: StepParts) -> list[Emission]:
         cache.commit([(w.sequence, _kept(w, v)) for w, v in zip(works, verdicts, strict=True)])
     # The cache has moved on, so requests do too before anything of the drafters' can fail.
     emissions = emit(scored, verdicts, output)
+    show_states(parts.drafters, scored, verdicts, output.hidden)
     tell_drafters(parts.drafters, orders, scored, verdicts, output)
     times.total_s = perf_counter() - start_s
     parts.planner.observe(works, drafts, verdicts, times)
@@ -158,6 +159,29 @@ def emit(
     return emissions
 
 
+def show_states(
+    drafters: Mapping[str, Drafter],
+    scored: Sequence[Scored],
+    verdicts: Sequence[Verdict | None],
+    hidden: Mapping[int, Tensor],  # layer to [R, D]
+) -> None:
+    """Let the drafters that ask for hidden states have those of the tokens that stand."""
+    if not hidden:
+        return
+    standing: dict[str, list[StandingStates]] = {}
+    for it, verdict in zip(scored, verdicts, strict=True):
+        work, first = it.work, it.root - (it.work.num_known - 1)
+        rows = [first + index for index in _kept(work, verdict)]
+        for label in work.drafters:
+            if layers := drafters[label].needs.hidden_layers:
+                states = {layer: hidden[layer][rows] for layer in layers}
+                standing.setdefault(label, []).append(
+                    StandingStates(request_id=work.request_id, start=work.start, hidden=states)
+                )
+    for label, own in standing.items():
+        drafters[label].observe(own)
+
+
 def tell_drafters(
     drafters: Mapping[str, Drafter],
     orders: Sequence[Order],
@@ -178,15 +202,11 @@ def tell_drafters(
 
 
 def _outcome(it: Scored, verdict: Verdict, output: ForwardOutput, num_top: int) -> Outcome:
-    num_nodes = len(it.draft.tree)
     return Outcome(
         request_id=it.work.request.request_id,
         verdict=verdict,
         draft=it.draft,
         top_ids=_top_ids(output.logits[it.span], num_top) if num_top else NO_TOP_IDS,
-        hidden={
-            layer: states[it.root : it.root + num_nodes] for layer, states in output.hidden.items()
-        },
     )
 
 
@@ -198,9 +218,9 @@ def _top_ids(logits: Tensor, num_top: int) -> NDArray[np.int64]:
     return top_ids
 
 
-def _hidden_layers(drafters: Mapping[str, Drafter], orders: Sequence[Order]) -> list[int]:
-    """Return the layers whose states the drafters of this step ask for."""
-    labels = {label for order in orders for label in order}
+def _hidden_layers(drafters: Mapping[str, Drafter], works: Sequence[Work]) -> list[int]:
+    """Return the layers whose states the drafters of these requests ask for."""
+    labels = {label for work in works for label in work.drafters}
     return sorted({layer for label in labels for layer in drafters[label].needs.hidden_layers})
 
 

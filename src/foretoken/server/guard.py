@@ -12,7 +12,7 @@ from typing import Any, TypeVar, cast
 
 from foretoken.core.draft import Draft
 from foretoken.core.params import SamplingParams
-from foretoken.drafters.base import DraftContext, Drafter, Outcome, RequestView
+from foretoken.drafters.base import DraftContext, Drafter, Outcome, RequestView, StandingStates
 from foretoken.engine.engine import Engine
 from foretoken.engine.step import check_draft
 from foretoken.models.batch import RowStates
@@ -60,6 +60,10 @@ class GuardedDrafter:
         if drafts is None:
             return [Draft.empty(context.token_ids[-1]) for context in contexts]
         return drafts
+
+    def observe(self, standing: Sequence[StandingStates]) -> None:
+        """Pass it on."""
+        self._guarded(lambda: self.drafter.observe(standing), otherwise=None)
 
     def commit(self, outcomes: Sequence[Outcome]) -> None:
         """Pass it on."""
