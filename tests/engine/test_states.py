@@ -33,9 +33,11 @@ class Watcher(OracleDrafter):
 
     def observe(self, standing):
         for it in standing:
+            if it.start == 0:  # new, or thrown back
+                self.told[it.request_id] = {}
             told = self.told.setdefault(it.request_id, {})
             first = self.first.setdefault(it.request_id, it.start)
-            if it.start < first + len(told) and not it.start == 0:
+            if it.start != first + len(told):
                 raise AssertionError(f"told of {it.start} after {first + len(told)}")
             if set(it.hidden) != set(self.needs.hidden_layers):
                 raise AssertionError(f"told of layers {set(it.hidden)}")
