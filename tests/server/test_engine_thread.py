@@ -180,7 +180,10 @@ def test_the_loop_goes_on_while_a_step_takes_long(llm, run, gate):
     run(scenario)
 
 
-def test_requests_are_built_in_another_thread(llm, run, monkeypatch):
+GRAMMAR = SamplingParams(max_new_tokens=4, seed=1, regex="[a-z ]+")
+
+
+def test_grammars_are_compiled_in_another_thread(llm, run, monkeypatch):
     names = []
     new_request = llm.engine.new_request
 
@@ -192,9 +195,10 @@ def test_requests_are_built_in_another_thread(llm, run, monkeypatch):
 
     async def scenario(thread):
         await read(await submit(thread, submission(llm, "a")))
+        await read(await submit(thread, submission(llm, "b", params=GRAMMAR)))
 
     run(scenario)
-    assert [name.startswith("foretoken-build") for name in names] == [True]
+    assert [name.startswith("foretoken-build") for name in names] == [False, True]
 
 
 def test_a_step_wakes_the_loop_once(llm, run, gate, monkeypatch):
@@ -427,7 +431,7 @@ def test_time_that_is_spent_building_counts(llm, run, monkeypatch):
 
     async def scenario(thread):
         with pytest.raises(DeadlineError):
-            await submit(thread, submission(llm, "a", deadline_s=0.05))
+            await submit(thread, submission(llm, "a", params=GRAMMAR, deadline_s=0.05))
 
     run(scenario)
 

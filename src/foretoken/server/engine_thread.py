@@ -28,7 +28,7 @@ from foretoken.server.turnover import Turnover
 
 State = Literal["starting", "ready", "draining", "failed", "stopped"]
 
-NUM_BUILDERS = 4  # threads that check requests and compile grammars
+NUM_BUILDERS = 4  # threads that compile grammars
 POLL_S = 0.02  # how often a drain looks whether all is done
 JOIN_S = 10.0  # that the last step may take
 HURRIED_JOIN_S = 0.5
@@ -92,8 +92,7 @@ class EngineThread:
     async def submit(self, submissions: Sequence[Submission]) -> list[Running]:
         """Queue requests, all or none.
 
-        They are built beside the event loop: everything about them is checked, and their grammars
-        are compiled.
+        Everything about them is checked; grammars are compiled beside the event loop.
 
         Raises:
             RequestError: A request does not fit the model, or its id is in use.
@@ -206,6 +205,8 @@ class EngineThread:
     async def _build(
         self, submissions: Sequence[Submission], bounds: Sequence[float | None]
     ) -> list[Request]:
+        if not any(submission.params.has_grammar for submission in submissions):
+            return self._new_requests(submissions)  # takes less time than to hand it to a thread
         loop = asyncio.get_running_loop()
         building = loop.run_in_executor(self._builders, self._new_requests, submissions)
         shortest_s = min((bound for bound in bounds if bound is not None), default=None)
