@@ -27,7 +27,6 @@ def files(tmp_path):
 @pytest.fixture
 def serve(cli, models_on_disk, monkeypatch):
     """Run the command with as little work as possible."""
-    monkeypatch.delenv("FORETOKEN_SHARED_DATA", raising=False)
 
     def run_here(*arguments):
         words = ["bench", "serve", "--model", models_on_disk.target, "--drafter", "suffix"]
@@ -100,18 +99,14 @@ def test_mistakes_are_two_lines(serve, arguments, message, hint):
     assert hint in hint_line
 
 
-def test_the_trace_of_the_data_folder_is_the_default(serve, files, tmp_path, monkeypatch):
-    from foretoken.bench.serve import run
-
-    seen = []
-    monkeypatch.setattr(run, "run_serve", lambda settings, *_, **__: seen.append(settings) or {})
-    monkeypatch.setattr("foretoken.cli.bench_serve._check_same_texts", lambda _: None)
+def test_no_trace_is_taken_from_the_environment(serve, files, tmp_path, monkeypatch):
+    """A variable that other commands need made the same words measure something else."""
     (tmp_path / "traces").mkdir()
-    name = "AzureLLMInferenceTrace_conv.csv"
-    files[1].rename(tmp_path / "traces" / name)
+    files[1].rename(tmp_path / "traces" / "AzureLLMInferenceTrace_conv.csv")
     monkeypatch.setenv("FORETOKEN_SHARED_DATA", str(tmp_path))
-    assert serve("--format", "json").code == 0
-    assert (seen[0].trace.name, seen[0].trace.length_s) == (name, 600)
+    done = serve()
+    assert done.code == 2
+    assert "got no --trace" in done.err
 
 
 def test_the_help_of_bench_names_it(cli):

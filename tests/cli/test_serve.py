@@ -62,7 +62,8 @@ def test_options_reach_the_settings_and_the_engine(serve, tmp_path):
         *("--max-body-bytes", 1000, "--max-new-tokens-limit", 50, "--drain", 2.5),
         *("--cors-origin", "https://a.example", "--cors-origin", "https://b.example"),
         *("--chat-template", template, "--log-prompts", "--api-key", "key-number-1"),
-        *("--max-requests", 3, "--kv-cache-tokens", 320),
+        *("--max-requests", 3, "--kv-cache-tokens", 320, "--max-grammar-bytes", 900),
+        *("--max-connections", 40, "--read-timeout", 1.5),
     )
     assert done.code == 0
     assert done.settings == ServerSettings(
@@ -72,6 +73,9 @@ def test_options_reach_the_settings_and_the_engine(serve, tmp_path):
         max_choices=2,
         deadline_s=4.5,
         max_body_bytes=1000,
+        max_grammar_bytes=900,
+        max_connections=40,
+        read_timeout_s=1.5,
         max_new_tokens_limit=50,
         drain_s=2.5,
         cors_origins=("https://a.example", "https://b.example"),

@@ -5,6 +5,7 @@ import random
 import re
 import subprocess
 import sys
+import time
 
 import jsonschema
 import numpy as np
@@ -20,6 +21,7 @@ from foretoken.core.params import SamplingParams
 from foretoken.core.sampling import Sampler
 from foretoken.core.tree import TokenTree
 from foretoken.errors import RequestError
+from foretoken.models import grammar_errors
 from foretoken.models.grammar import MAX_COMPILED, GrammarCompiler
 from foretoken.models.tokenizer import Tokenizer
 from foretoken.verifiers.base import TargetRows
@@ -526,6 +528,22 @@ def test_wrong_grammars_are_refused_with_their_place(compiler, kind, text, messa
     assert caught.value.hint
 
 
+def test_the_search_for_the_place_takes_no_longer_than_it_may(monkeypatch):
+    """A schema of 200 kB with one wrong type was compiled 500 times, for seven seconds."""
+    monkeypatch.setattr(grammar_errors, "MAX_SEARCH_S", 0.1)
+    schema = {"properties": {f"p{index}": {"type": "string"} for index in range(400)}}
+    calls = []
+
+    def explain(part):
+        calls.append(part)
+        time.sleep(0.02)
+        return ""
+
+    error = grammar_errors.schema_error(json.dumps(schema), schema, "no such type", explain)
+    assert "json_schema at its top (line 1, column 1): no such type" in str(error)
+    assert 1 <= len(calls) <= 6
+
+
 def test_place_is_found_in_text_with_any_layout(compiler):
     """The scan for a value passes escapes, nested values, repeated names and empty containers."""
     text = """{ "title" : "a \\" } ] , b", "examples": [ {}, [ ] , {"a": [1]} ],
@@ -571,6 +589,7 @@ def test_grammar_that_becomes_too_complex_ends_its_request_alone(compiler):
 def test_library_is_loaded_with_the_first_grammar_only():
     code = """
 import sys
+import time
 from foretoken import LLM, SamplingParams
 from foretoken.models.grammar import GrammarCompiler
 GrammarCompiler(None, 8, ()).compile(SamplingParams(), 0)

@@ -13,6 +13,8 @@ from foretoken import LLM, ConfigError, RequestError, SamplingParams
 from foretoken.assets import EMBEDDED
 from foretoken.core.draft import Draft
 from foretoken.engine.request import FinishReason
+from foretoken.errors import CapacityError
+from foretoken.server import engine_thread
 from foretoken.server.engine_loop import MAX_FAILURES
 from foretoken.server.engine_thread import EngineThread
 from foretoken.server.observer import Observer
@@ -199,6 +201,34 @@ def test_grammars_are_compiled_in_another_thread(llm, run, monkeypatch):
 
     run(scenario)
     assert [name.startswith("foretoken-build") for name in names] == [False, True]
+
+
+def test_a_grammar_that_takes_too_long_is_given_up(llm, run, monkeypatch):
+    """Without a deadline a hostile grammar kept its client, and all other grammars, waiting."""
+    monkeypatch.setattr(engine_thread, "COMPILE_S", 0.2)
+    release = threading.Event()
+    new_request = llm.engine.new_request
+
+    def slow(prompt_ids, params, **more):
+        assert not params.has_grammar or release.wait(30)
+        return new_request(prompt_ids, params, **more)
+
+    monkeypatch.setattr(llm.engine, "new_request", slow)
+
+    async def scenario(thread):
+        first = asyncio.create_task(submit(thread, submission(llm, "a", params=GRAMMAR)))
+        await asyncio.sleep(0.01)
+        behind = asyncio.create_task(submit(thread, submission(llm, "b", params=GRAMMAR)))
+        await read(await submit(thread, submission(llm, "c")))  # who has none does not wait
+        with pytest.raises(RequestError, match=r"more than 0\.2 s to compile"):
+            await first
+        with pytest.raises(CapacityError, match="other grammars"):
+            await behind
+        release.set()
+        await read(await submit(thread, submission(llm, "d", params=GRAMMAR)))
+        assert thread.num_waiting == 0
+
+    run(scenario)
 
 
 def test_a_step_wakes_the_loop_once(llm, run, gate, monkeypatch):

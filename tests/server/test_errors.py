@@ -2,6 +2,7 @@
 
 import json
 import time
+from itertools import pairwise
 
 import httpx
 import pytest
@@ -11,6 +12,7 @@ from fastapi.testclient import TestClient
 
 from foretoken.errors import ConfigError, RequestError, UnknownNameError
 from foretoken.server import api as api_module
+from foretoken.server import validation
 from foretoken.server.errors import FieldError, UnknownModelError, add_error_handlers, describe
 from foretoken.server.request_id import RequestIdMiddleware
 from foretoken.server.submission import (
@@ -202,6 +204,108 @@ def test_no_regular_expression_breaks_the_server(http, regex):
     answer = post(http, {**GOOD, "regex": regex})
     assert answer.status_code in (200, 400), answer.text
     assert post(http, GOOD).status_code == 200
+
+
+def json_schema(num_levels, level):
+    """Return a schema whose definitions each refer to the next one."""
+    names = [f"d{index}" for index in range(num_levels)]
+    schemas = {name: level({"$ref": f"#/$defs/{after}"}) for name, after in pairwise(names)}
+    return {"$defs": {**schemas, names[-1]: {}}, "$ref": "#/$defs/d0"}
+
+
+CHAINS = {
+    "schema": {
+        "json_schema": json_schema(380, lambda next_: {"properties": {"a": next_}}),
+    },
+    "arrays": {
+        "json_schema": json_schema(
+            350, lambda next_: {"items": {"items": {"items": {"items": {"items": next_}}}}}
+        )
+    },
+    "rules": {
+        "lark": "start: r0\n"
+        + "".join(f"r{index}: (r{index + 1})\n" for index in range(2400))
+        + 'r2400: "a"'
+    },
+}
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_no_chain_of_references_ends_the_process(http, name):
+    """The compiler's recursion went beyond the stack: 30 kB ended the server with SIGSEGV."""
+    answer = post(http, {**GOOD, **CHAINS[name]})
+    assert answer.status_code in (200, 400), answer.text
+    assert post(http, GOOD).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"json_schema": {"enum": ["x" * 40_000]}},
+        {
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {"name": "a", "schema": {"enum": ["x" * 40_000]}},
+            }
+        },
+        {"regex": "é" * 20_000},
+        {"lark": 'start: "' + "a" * 40_000 + '"'},
+    ],
+)
+def test_the_size_of_a_grammar_is_bounded(http, fields):
+    error = error_of(post(http, {**GOOD, **fields}))
+    assert error["param"] in ("json_schema", "regex", "lark")
+    assert "at most 32768 bytes here; got 40" in error["message"]
+
+
+# -- bodies of many values -----------------------------------------------------------------------
+
+MANY = {
+    "lists": {"prompt": [[1]] * 70_000},
+    "texts": {"prompt": ["["] * 70_000},
+    "objects": {"prompt": "a", "metadata": [{}] * 70_000},
+    "token ids": {"prompt": [1] * 80_000},
+    "a list beside the prompt": {"prompt": "a", "bad_words_ids": [[1] * 40] * 2000},
+    "escapes": {"prompt": ['\\"[,'] * 70_000},
+}
+
+
+@pytest.mark.parametrize("name", MANY)
+def test_the_values_of_a_body_are_bounded(http, name, monkeypatch):
+    """A list of a million lists held the event loop for seconds while it was parsed and checked."""
+    monkeypatch.setattr(validation, "from_json", None)  # they are not even parsed
+    error = error_of(post(http, {**GOOD, **MANY[name]}))
+    assert "the body" in error["message"]
+    assert "more than" in error["message"]
+
+
+@pytest.mark.parametrize("body", [b'{"prompt": "' + b'\\"' * 10**6, b'"' + b"\\" * 10**6])
+def test_a_text_without_an_end_is_counted_in_one_pass(http, body):
+    start_s = time.perf_counter()
+    assert "no valid JSON" in error_of(post(http, body))["message"]
+    assert time.perf_counter() - start_s < 10
+
+
+def test_marks_in_texts_do_not_count(http):
+    prompt = '[{",\\' * 50_000
+    error = error_of(post(http, {**GOOD, "prompt": prompt}))
+    assert "the prompt has" in error["message"]  # so many tokens: it was read
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"messages": [{"role": "user", "content": "a"}] * 5000}, "messages"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": ""}] * 5000}]},
+            "messages.0.content",
+        ),
+    ],
+)
+def test_the_messages_of_a_conversation_are_bounded(http, fields, param):
+    error = error_of(post(http, {"model": "stories", **fields}, "/v1/chat/completions"))
+    assert error["param"] == param
+    assert "at most 4096" in error["message"]
 
 
 @pytest.mark.parametrize(

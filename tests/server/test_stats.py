@@ -1,6 +1,7 @@
 """/stats and its window: what happened in the last seconds, by a clock of the test's own."""
 
 import json
+import threading
 
 import pytest
 from fastapi import FastAPI
@@ -8,9 +9,10 @@ from fastapi.testclient import TestClient
 
 from foretoken.planner.base import StepTimes
 from foretoken.planner.cost import CostCurve
+from foretoken.server.meter import BATCH_STEPS
 from foretoken.server.metrics import ServerMetrics
 from foretoken.server.stats_api import metrics_router, recent_stats
-from foretoken.server.windows import Totals, Window
+from foretoken.server.windows import WINDOW_S, Totals, Window
 from tests.engines import counting_drafter, counting_model, finish, greedy, make_engine
 
 CURVE = CostCurve(rows=(1, 64), base_ms=(10.0, 20.0))
@@ -141,10 +143,59 @@ def test_speedup_of_a_known_step(clock, metrics):
     decode(metrics)
     pace, meter = metrics.meter.pace, metrics.meter
     clock.now_s += 100.0  # the decoding above is forgotten
+    meter.totals()  # steps are counted some at a time, and now
     draft_rows, works = 2, [FakeWork()]
     expected_s = 3 * pace.step_s(1, FakeWork.num_keys)
     meter.add_step(works, [fake_draft(draft_rows)], [fake_verdict()], StepTimes({}, 0.015, 0.015))
     assert meter.recent()[0].speedup == pytest.approx(expected_s / 0.015)
+
+
+def add_steps(meter, clock, count, every_s):
+    for _ in range(count):
+        clock.now_s += every_s
+        times = StepTimes({}, 0.001, 0.001)
+        meter.add_step([FakeWork()], [fake_draft(2)], [fake_verdict()], times)
+
+
+def test_steps_are_counted_some_at_a_time_and_told_at_once(clock, metrics):
+    """What is read has all steps, and most of them were counted before."""
+    meter = metrics.meter
+    add_steps(meter, clock, 1000, 0.001)
+    assert 0 < len(meter._steps) <= BATCH_STEPS
+    totals = meter.totals()
+    assert not meter._steps
+    assert (totals.steps, totals.num_tokens) == ({"speculative": 1000}, 3000)
+    assert totals.rows == {"prompt": 0, "root": 1000, "accepted": 2000, "wasted": 0}
+    assert totals.accepted == {(0, "a"): 1000, (1, "a"): 1000}
+    assert totals.reached == {2: 1000}
+
+
+@pytest.mark.parametrize("idle_s", [3.0, 100.0])
+def test_steps_before_a_pause_are_not_those_of_now(clock, metrics, idle_s):
+    """Some are still to be counted when a server falls idle; they keep their time."""
+    add_steps(metrics.meter, clock, 5, 0.001)
+    clock.now_s += idle_s
+    add_steps(metrics.meter, clock, 7, 0.001)
+    recent, seconds = metrics.meter.recent()
+    assert recent.steps["speculative"] == (12 if idle_s < WINDOW_S else 7)
+    assert seconds == pytest.approx(0.012 + idle_s if idle_s < WINDOW_S else 0.007, abs=0.002)
+
+
+def test_readers_and_the_engine_lose_no_step(clock, metrics):
+    """Both take from the steps that wait; sums stay whole."""
+    stop = threading.Event()
+
+    def read():
+        while not stop.is_set():
+            metrics.meter.totals()
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    add_steps(metrics.meter, clock, 20_000, 0.001)
+    stop.set()
+    reader.join()
+    totals = metrics.meter.totals()
+    assert (totals.steps["speculative"], totals.num_tokens) == (20_000, 60_000)
 
 
 class FakeWork:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import warnings
 from collections.abc import Mapping
@@ -25,8 +24,7 @@ if TYPE_CHECKING:
     from foretoken.bench.serve.trace import Trace
 
 LOADS = (0.25, 0.5, 0.75, 0.9, 1.0, 1.2)
-DATA_VARIABLE = "FORETOKEN_SHARED_DATA"
-DATA_TRACE = Path("traces", "AzureLLMInferenceTrace_conv.csv")
+AZURE_TRACE = "AzureLLMInferenceTrace_conv.csv"
 LOAD_PANEL = "Load"
 PACKAGES = (*serve_command.PACKAGES, "httpx")
 
@@ -50,8 +48,7 @@ Trace_ = Annotated[
     options._option(
         "--trace",
         "FILE",
-        f"CSV of arrivals: TIMESTAMP, ContextTokens, GeneratedTokens (default: {DATA_TRACE.name} "
-        f"in ${DATA_VARIABLE}).",
+        "CSV of arrivals: TIMESTAMP, ContextTokens, GeneratedTokens. Needed.",
         LOAD_PANEL,
     ),
 ]
@@ -192,18 +189,17 @@ def _check_packages() -> None:
 
 
 def _trace(path: Path | None, minutes: float) -> Trace:
-    """Return the trace that was named, or that of the data folder."""
+    """Return the first minutes of the trace that was named."""
     from foretoken.bench.serve.trace import load_trace
 
-    folder = os.environ.get(DATA_VARIABLE)
-    if path is None and folder is None:
+    if path is None:
         raise ConfigError(
             "bench serve replays recorded arrivals; got no --trace",
-            hint=f"get {DATA_TRACE.name} from github.com/Azure/AzurePublicDataset",
+            hint=f"name one, such as {AZURE_TRACE} of github.com/Azure/AzurePublicDataset",
         )
     if not minutes > 0:
         raise ConfigError(f"--minutes is a number > 0; got {minutes}", hint="change --minutes")
-    return load_trace(path or Path(folder or "") / DATA_TRACE, minutes)
+    return load_trace(path, minutes)
 
 
 def _settings(

@@ -160,6 +160,34 @@ MaxBodyBytes = Annotated[
         parser=options._integer,
     ),
 ]
+MaxGrammarBytes = Annotated[
+    int,
+    _limits(
+        "--max-grammar-bytes",
+        "N",
+        f"Largest JSON schema, regex or Lark grammar (default {DEFAULTS.max_grammar_bytes}).",
+        parser=options._integer,
+    ),
+]
+MaxConnections = Annotated[
+    int,
+    _limits(
+        "--max-connections",
+        "N",
+        f"Open connections (default {DEFAULTS.max_connections}); more are sent away.",
+        parser=options._integer,
+    ),
+]
+ReadTimeout = Annotated[
+    float,
+    _limits(
+        "--read-timeout",
+        "S",
+        "Seconds in which a call's head, and then its body, must arrive (default "
+        f"{DEFAULTS.read_timeout_s:g}).",
+        parser=options._number,
+    ),
+]
 
 
 def serve(
@@ -183,6 +211,9 @@ def serve(
     max_choices: MaxChoices = DEFAULTS.max_choices,
     max_new_tokens_limit: MaxNewTokensLimit = DEFAULTS.max_new_tokens_limit,
     max_body_bytes: MaxBodyBytes = DEFAULTS.max_body_bytes,
+    max_grammar_bytes: MaxGrammarBytes = DEFAULTS.max_grammar_bytes,
+    max_connections: MaxConnections = DEFAULTS.max_connections,
+    read_timeout: ReadTimeout = DEFAULTS.read_timeout_s,
     deadline: Deadline = DEFAULTS.deadline_s,
     kv_cache_tokens: KvCacheTokens = None,
     dtype: options.DType = "auto",
@@ -202,6 +233,9 @@ def serve(
         max_choices=max_choices,
         deadline_s=deadline,
         max_body_bytes=max_body_bytes,
+        max_grammar_bytes=max_grammar_bytes,
+        max_connections=max_connections,
+        read_timeout_s=read_timeout,
         max_new_tokens_limit=max_new_tokens_limit,
         cors_origins=tuple(cors_origin or ()),
         log_prompts=log_prompts,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import count, pairwise
 from typing import Any
@@ -19,6 +20,7 @@ _NO_TEXT = "NoExtension"  # how the compiler begins its message about a grammar 
 
 MAX_MESSAGE = 300
 MAX_TRIES = 500  # subschemas that are compiled alone to find the one at fault
+MAX_SEARCH_S = 0.5  # in which they are; after that, the smallest one found has to do
 
 _JSON_HINT = "correct the schema; {} allows any JSON value"
 _REGEX_HINT = (
@@ -110,13 +112,14 @@ def _nested_too_deeply() -> RequestError:
 def _guilty_part(schema: Any, message: str, explain: Explain) -> Pointer:
     """Return the way to the smallest subschema that fails with the same message."""
     pointer: Pointer = ()
-    part, tries = schema, count()
+    part, tries, end_s = schema, count(), time.monotonic() + MAX_SEARCH_S
     shared = {key: schema[key] for key in _NAMED[:2] if isinstance(schema, dict) and key in schema}
     while isinstance(part, dict):
         for steps, child in _subschemas(part):
             # References of the part go to definitions at the top.
             alone = {**shared, **child} if isinstance(child, dict) else child
-            if next(tries) < MAX_TRIES and explain(alone) == message:
+            is_tried = next(tries) < MAX_TRIES and time.monotonic() < end_s
+            if is_tried and explain(alone) == message:
                 pointer, part = (*pointer, *steps), child
                 break
         else:

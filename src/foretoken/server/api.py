@@ -19,7 +19,7 @@ from foretoken.server.request_id import unique_id
 from foretoken.server.response_schemas import ChatCompletion, Completion, generation_responses
 from foretoken.server.schemas import ChatRequest, CompletionRequest
 from foretoken.server.settings import ServerSettings
-from foretoken.server.validation import StrictRoute
+from foretoken.server.validation import strict_route
 
 
 def api_router(thread: EngineThread, llm: LLM, settings: ServerSettings) -> APIRouter:
@@ -30,7 +30,8 @@ def api_router(thread: EngineThread, llm: LLM, settings: ServerSettings) -> APIR
         llm: The model; its tokenizer is used beside the engine.
         settings: The served model's name, and limits.
     """
-    router = APIRouter(route_class=StrictRoute, tags=["completions"])
+    num_token_ids = settings.max_choices * llm.info.context_limit + llm.info.vocab_size
+    router = APIRouter(route_class=strict_route(num_token_ids), tags=["completions"])
     answerer = Answerer(thread, llm)
 
     async def create_completion(request: Request, body: CompletionRequest) -> Response:

@@ -14,6 +14,7 @@ from foretoken.engine.llm import LLM
 from foretoken.server.api import api_router
 from foretoken.server.engine_thread import EngineThread
 from foretoken.server.errors import add_error_handlers
+from foretoken.server.head import HeadAsGet
 from foretoken.server.lifecycle import (
     HEALTH_PATHS,
     Server,
@@ -60,6 +61,7 @@ def create_app(llm: LLM, settings: ServerSettings) -> FastAPI:
     app.include_router(page_router(llm, settings))
     app.include_router(api_router(thread, llm, settings))
     # What is added last comes first.
+    app.add_middleware(HeadAsGet)
     add_security(app, settings, HEALTH_PATHS | PUBLIC_PATHS)
     app.add_middleware(RequestLogMiddleware, log=log)
     app.add_middleware(RequestIdMiddleware)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 import time
 from collections import Counter
@@ -12,7 +13,7 @@ from typing import Literal
 
 from foretoken.engine.llm import LLM
 from foretoken.engine.request import Request
-from foretoken.errors import ConfigError, RequestError
+from foretoken.errors import CapacityError, ConfigError, ForetokenError, RequestError
 from foretoken.server.engine_loop import EngineLoop
 from foretoken.server.observer import Observer
 from foretoken.server.settings import ServerSettings
@@ -28,7 +29,11 @@ from foretoken.server.turnover import Turnover
 
 State = Literal["starting", "ready", "draining", "failed", "stopped"]
 
-NUM_BUILDERS = 4  # threads that compile grammars
+COMPILE_S = 10.0  # that a grammar may take to compile, those before it included
+# The compiler recurses along a grammar's references, and where the stack ends the process ends.
+# Chains that were made to take as much as they can took 1 KiB for each byte of the grammar.
+STACK_PER_GRAMMAR_BYTE = 4096
+MIN_STACK_BYTES = 16 * 2**20
 POLL_S = 0.02  # how often a drain looks whether all is done
 JOIN_S = 10.0  # that the last step may take
 HURRIED_JOIN_S = 0.5
@@ -54,7 +59,8 @@ class EngineThread:
         self._num_building = 0
         self._turnover = Turnover()
         self._is_draining = self._is_hurried = self._is_stopped = False
-        self._builders = ThreadPoolExecutor(NUM_BUILDERS, thread_name_prefix="foretoken-build")
+        stack_bytes = max(MIN_STACK_BYTES, STACK_PER_GRAMMAR_BYTE * settings.max_grammar_bytes)
+        self._builder = _large_thread("foretoken-build", stack_bytes)
         self._loop = EngineLoop(llm.engine, observer)
         self._thread = threading.Thread(target=self._loop.run, name="foretoken-engine", daemon=True)
 
@@ -98,6 +104,7 @@ class EngineThread:
             RequestError: A request does not fit the model, or its id is in use.
             UnknownNameError: There is no such drafter.
             QueueFullError: Too many requests wait.
+            CapacityError: Too many grammars wait.
             DeadlineError: The time was over before the requests were built.
             ShuttingDownError: No more requests are taken.
             EngineFailedError: The engine does not run any more.
@@ -155,7 +162,7 @@ class EngineThread:
     def stop(self) -> bool:
         """End the thread after the step that it is in; return whether it has ended in time."""
         self.stop_accepting()
-        self._builders.shutdown(wait=False, cancel_futures=True)
+        self._builder.shutdown(wait=False, cancel_futures=True)
         self._loop.stop()
         if self._thread.ident is not None:  # it was started
             self._thread.join(HURRIED_JOIN_S if self._is_hurried else JOIN_S)
@@ -207,13 +214,15 @@ class EngineThread:
     ) -> list[Request]:
         if not any(submission.params.has_grammar for submission in submissions):
             return self._new_requests(submissions)  # takes less time than to hand it to a thread
-        loop = asyncio.get_running_loop()
-        building = loop.run_in_executor(self._builders, self._new_requests, submissions)
-        shortest_s = min((bound for bound in bounds if bound is not None), default=None)
+        building = self._builder.submit(self._new_requests, submissions)
+        shortest_s = min(bound for bound in (*bounds, math.inf) if bound is not None)
         try:
-            return await asyncio.wait_for(building, shortest_s)
+            async with asyncio.timeout(min(shortest_s, COMPILE_S)):
+                return await asyncio.wrap_future(building)
         except TimeoutError:
-            raise DeadlineError(shortest_s or 0.0) from None
+            if shortest_s <= COMPILE_S:
+                raise DeadlineError(shortest_s) from None
+            raise _too_long_to_compile(has_begun=not building.cancelled()) from None
 
     def _new_requests(self, submissions: Sequence[Submission]) -> list[Request]:
         return [
@@ -233,6 +242,29 @@ class EngineThread:
         self._turnover.count_finish()
         if outcome != "finished":
             self._loop.end(running, outcome)
+
+
+def _large_thread(name: str, stack_bytes: int) -> ThreadPoolExecutor:
+    """Return a pool of one thread with a stack of its own size."""
+    pool = ThreadPoolExecutor(1, thread_name_prefix=name)
+    before = threading.stack_size(stack_bytes)
+    try:
+        pool.submit(int).result()  # which starts the thread
+    finally:
+        threading.stack_size(before)
+    return pool
+
+
+def _too_long_to_compile(*, has_begun: bool) -> ForetokenError:
+    """Return the error of a grammar that was given up."""
+    if has_begun:
+        return RequestError(
+            f"the grammar took more than {COMPILE_S:g} s to compile",
+            hint="use fewer alternatives and smaller repetition counts",
+        )
+    return CapacityError(
+        f"other grammars were being compiled for {COMPILE_S:g} s", hint="try again"
+    )
 
 
 __all__ = ["EngineThread", "State"]

@@ -7,8 +7,9 @@ model, and all that a field means to the sampler, are for `SamplingParams` to ch
 from __future__ import annotations
 
 import difflib
+import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
 
 from pydantic import (
@@ -68,6 +69,7 @@ Ignored = Any
 ONE_BY_ONE = Field(fail_fast=True)
 AT_LEAST_ONE = Field(fail_fast=True, min_length=1)
 FEW = Field(fail_fast=True, max_length=MAX_ENTRIES)
+ONE_TO_FEW = Field(fail_fast=True, min_length=1, max_length=MAX_ENTRIES)
 WHOLE = BeforeValidator(_with_whole_numbers)
 _Id = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 AnyTokenIds = Annotated[list[_Id], ONE_BY_ONE, WHOLE]
@@ -100,14 +102,20 @@ class Schema(BaseModel):
     @classmethod
     def _refuse_unknown(cls, data: Any) -> Any:
         if isinstance(data, Mapping):
-            known = [field.alias or name for name, field in cls.model_fields.items()]
+            known = _known_fields(cls)
             for key in data:
                 if key not in known:
                     raise _unknown_field(key, known)
         return data
 
 
-def _unknown_field(name: str, known: list[str]) -> PydanticCustomError:
+@functools.cache
+def _known_fields(schema: type[BaseModel]) -> dict[str, None]:
+    """Return the names of a schema's fields, in order; asked for every object of a body."""
+    return dict.fromkeys(field.alias or name for name, field in schema.model_fields.items())
+
+
+def _unknown_field(name: str, known: Iterable[str]) -> PydanticCustomError:
     nearest = difflib.get_close_matches(name[:64], known, n=1, cutoff=0.5)
     hint = f"did you mean '{nearest[0]}'?" if nearest else f"known are {', '.join(known)}"
     return PydanticCustomError(

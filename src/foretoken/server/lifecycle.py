@@ -163,8 +163,12 @@ class Server(uvicorn.Server):
 
 def uvicorn_config(app: FastAPI, settings: ServerSettings) -> uvicorn.Config:
     """Return how uvicorn serves an application; logs are not its business."""
+    # Heavy, like the application; an address is asked for before either.
+    from foretoken.server.connections import bounded_protocol
+
     return uvicorn.Config(
         app,
+        http=bounded_protocol(settings, HEALTH_PATHS),
         host=settings.host,
         port=settings.port,
         log_config=None,

@@ -220,7 +220,8 @@ class RequestLog(Observer):
                 line["prompts"] = [self._prompt(request) for request in requests]
                 line["outputs"] = [request.text_stream.text for request in requests]
         # Whoever polls health and metrics is no news.
-        is_news = call.ends or call.method != "GET" or (call.status or 500) >= 400
+        is_poll = call.method in ("GET", "HEAD") and (call.status or 500) < 400
+        is_news = call.ends or not is_poll
         _log.log(logging.INFO if is_news else logging.DEBUG, "request", **line)
 
     def _prompt(self, request: Request) -> object:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from typing import TypeVar, cast
 
 from foretoken.core.draft import Draft, source_names
+from foretoken.core.tree import ROOT
 from foretoken.core.verdict import Verdict
 from foretoken.engine.scheduler import Work
 from foretoken.planner.base import PassingPlanner, Planner, Share, StepTimes
@@ -15,6 +18,18 @@ from foretoken.server.speedup import PlainPace, StepShape
 from foretoken.server.windows import Totals, Window
 
 Key = TypeVar("Key")
+
+# Steps are counted some at a time: between two of them a pass has emptied the processor's caches,
+# and what counting takes is mostly to fill them again.
+BATCH_STEPS = 32
+BATCH_S = 0.25
+
+Outcome = tuple[int, tuple[str, ...], tuple[int, ...], int]
+"""What a step did for a request: tokens given; of its draft the source of each node, the nodes
+emitted, and how many levels were judged. All that is counted of a draft, and nothing that keeps
+the draft itself."""
+
+_PLAIN = ("",)  # the source of a draft that is its root alone
 
 
 class Meter:
@@ -34,15 +49,20 @@ class Meter:
         self._totals = Totals()
         self._window = Window()
         self._joint_names: dict[frozenset[str], str] = {}
+        # To be counted: each with its end, its times and what it did. A deque needs no lock.
+        self._steps: deque[tuple[float, StepTimes, StepShape, list[Outcome]]] = deque()
+        self._due_s = -math.inf
 
     def totals(self) -> Totals:
         """Return all counts so far."""
         with self._lock:
+            self._count()
             return self._totals.copy()
 
     def recent(self) -> tuple[Totals, float]:
         """Return the counts of the last seconds, and over how many."""
         with self._lock:
+            self._count()
             return self._window.recent(self._totals, self._clock())
 
     def add_step(
@@ -53,63 +73,48 @@ class Meter:
         times: StepTimes,
     ) -> None:
         """Count a step whose requests have taken their tokens; arguments as planners get them."""
-        with self._lock:
-            self._window.note(self._totals, self._clock() - times.total_s)
-            shape = self._add_requests(works, scored, verdicts)
+        at_s = self._clock()
+        if at_s >= self._due_s or len(self._steps) >= BATCH_STEPS:
+            with self._lock:
+                self._count()
+            self._due_s = at_s + BATCH_S
+        self._steps.append((at_s, times, *_outline(works, scored, verdicts)))
+
+    def _count(self) -> None:
+        """Add the steps that are still to be counted to the totals."""
+        outcomes: Counter[Outcome] = Counter()
+        is_first = True
+        while self._steps:
+            at_s, times, shape, own = self._steps.popleft()
+            if is_first:  # nothing of the others is in the totals yet
+                self._window.note(self._totals, at_s - times.total_s)
+                is_first = False
+            self._add_rows(shape)
             self._add_times(shape, times)
+            outcomes.update(own)
+        for outcome, count in outcomes.items():
+            self._add_outcome(outcome, count)
 
-    def _add_requests(
-        self,
-        works: Sequence[Work],
-        scored: Sequence[Draft],
-        verdicts: Sequence[Verdict | None],
-    ) -> StepShape:
-        totals = self._totals
-        num_known = num_nodes = num_keys = num_decoding = num_decoding_keys = num_tokens = 0
-        num_accepted = 0
-        for work, draft, verdict in zip(works, scored, verdicts, strict=True):
-            keys = work.num_keys
-            num_known += work.num_known
-            num_keys += keys
-            num_drafted = draft.tree.num_draft_tokens
-            num_nodes += num_drafted
-            if verdict is None:
-                continue
-            # All that it had was fed, so the rest is what it was given: where an output ends,
-            # less than the verdict says.
-            num_given = len(work.request.token_ids) - keys
-            totals.tokens_per_step[num_given] += 1
-            num_decoding += 1
-            num_decoding_keys += keys
-            num_tokens += num_given
-            if num_drafted:
-                num_accepted += self._add_draft(draft, verdict.path[:num_given], verdict.path)
-        totals.rows["prompt"] += num_known - num_decoding
-        totals.rows["root"] += num_decoding
-        totals.rows["accepted"] += num_accepted
-        totals.rows["wasted"] += num_nodes - num_accepted
-        return StepShape(
-            num_requests=len(works),
-            num_known=num_known,
-            num_nodes=num_nodes,
-            num_keys=num_keys,
-            num_decoding=num_decoding,
-            num_decoding_keys=num_decoding_keys,
-            num_tokens=num_tokens,
-        )
+    def _add_rows(self, shape: StepShape) -> None:
+        rows = self._totals.rows
+        rows["prompt"] += shape.num_known - shape.num_decoding
+        rows["root"] += shape.num_decoding
+        rows["wasted"] += shape.num_nodes
 
-    def _add_draft(self, draft: Draft, given: Sequence[int], path: Sequence[int]) -> int:
-        """Count a draft of which the nodes `given` of the accepted path were emitted."""
-        totals, source = self._totals, draft.source
-        totals.drafts[self._joint_name(frozenset(source))] += 1
-        totals.draft_tokens.update(source[1:])
+    def _add_outcome(self, outcome: Outcome, count: int) -> None:
+        """Count what steps did for so many requests."""
+        totals, (num_given, source, given, num_judged) = self._totals, outcome
+        totals.tokens_per_step[num_given] += count
+        if source == _PLAIN:
+            return
+        totals.drafts[self._joint_name(frozenset(source))] += count
+        for name in source[1:]:
+            totals.draft_tokens[name] += count
         for position, node in enumerate(given):
-            totals.accepted[position, source[node]] += 1
-        num_given = len(given)
-        # What stands below the last accepted node was judged too, and was not the token.
-        is_missed = num_given == len(path) and bool(draft.tree.children[path[-1] if path else 0])
-        totals.reached[num_given + is_missed] += 1
-        return num_given
+            totals.accepted[position, source[node]] += count
+        totals.rows["accepted"] += len(given) * count
+        totals.rows["wasted"] -= len(given) * count
+        totals.reached[num_judged] += count
 
     def _joint_name(self, sources: frozenset[str]) -> str:
         name = self._joint_names.get(sources)
@@ -130,6 +135,43 @@ class Meter:
         _add(totals.phase_s, ("other", ""), max(0.0, other_s))
         if self.pace is not None:
             _add(totals.plain_s, kind, self.pace.observe(shape, times))
+
+
+def _outline(
+    works: Sequence[Work], scored: Sequence[Draft], verdicts: Sequence[Verdict | None]
+) -> tuple[StepShape, list[Outcome]]:
+    """Return what there is to count of a step, before its requests go on."""
+    num_known = num_nodes = num_keys = num_decoding_keys = num_tokens = 0
+    outcomes: list[Outcome] = []
+    for work, draft, verdict in zip(works, scored, verdicts, strict=True):
+        keys, source = work.num_keys, draft.source
+        num_known += work.num_known
+        num_keys += keys
+        num_nodes += len(source) - 1
+        if verdict is None:
+            continue
+        # All that it had was fed, so the rest is what it was given: where an output ends,
+        # less than the verdict says.
+        num_given = len(work.request.token_ids) - keys
+        num_decoding_keys += keys
+        num_tokens += num_given
+        path = verdict.path
+        given = path[:num_given]
+        num_judged = len(given)
+        # What stands below the last accepted node was judged too, and was not the token.
+        if num_judged == len(path) and draft.tree.children[path[-1] if path else ROOT]:
+            num_judged += 1
+        outcomes.append((num_given, source, given, num_judged))
+    shape = StepShape(
+        len(works),
+        num_known,
+        num_nodes,
+        num_keys,
+        len(outcomes),
+        num_decoding_keys,
+        num_tokens,
+    )
+    return shape, outcomes
 
 
 class MeteringPlanner(PassingPlanner):

@@ -127,6 +127,7 @@ def build_call(
     submissions: list[Submission] = []
     for prompt in prompts:
         params = sampling_params(body, wishes, _max_tokens(llm, settings, prompt, wishes))
+        _check_grammar(params, settings.max_grammar_bytes)
         for seed in _seeds(body.seed, num_choices):
             submissions.append(
                 Submission(
@@ -180,6 +181,18 @@ def sampling_params(body: GenerationRequest, wishes: Wishes, max_new_tokens: int
 def content_text(content: Content) -> str:
     """Return the text of a content, whose parts are lines of their own."""
     return content if isinstance(content, str) else "\n".join(part.text for part in content)
+
+
+def _check_grammar(params: SamplingParams, max_bytes: int) -> None:
+    """Refuse a grammar whose compilation would take long, or more of the stack than there is."""
+    for name in ("json_schema", "regex", "lark"):
+        num_bytes = len((getattr(params, name) or "").encode())
+        if num_bytes > max_bytes:
+            raise FieldError(
+                name,
+                f"{name} has at most {max_bytes} bytes here; got {num_bytes}",
+                hint="give a simpler one, or ask for a part at a time",
+            )
 
 
 def _json_schema(body: GenerationRequest) -> Any:

@@ -9,12 +9,12 @@ from pydantic import BeforeValidator, Field
 from foretoken.core.params import MAX_TEMPERATURE
 from foretoken.server.errors import FieldError
 from foretoken.server.field_types import (
-    AT_LEAST_ONE,
     FEW,
     MAX_COUNT,
     MAX_ENTRIES,
     MAX_STOPS,
     ONE_BY_ONE,
+    ONE_TO_FEW,
     WHOLE,
     AnyTokenIds,
     Bias,
@@ -43,7 +43,7 @@ class TextPart(Schema):
     text: str
 
 
-Content = str | Annotated[list[TextPart], ONE_BY_ONE]
+Content = str | Annotated[list[TextPart], FEW]
 
 
 class Speculation(Schema):
@@ -234,9 +234,9 @@ class CompletionRequest(GenerationRequest):
 
     prompt: (
         NonEmpty
-        | Annotated[list[NonEmpty], AT_LEAST_ONE]
+        | Annotated[list[NonEmpty], ONE_TO_FEW]
         | TokenSequence
-        | Annotated[list[TokenSequence], AT_LEAST_ONE]
+        | Annotated[list[TokenSequence], ONE_TO_FEW]
     ) = Field(description="A text, a list of texts, token ids, or a list of lists of token ids.")
     max_tokens: Limit | None = Field(
         None, description="Most tokens of each choice; 16. The context's end is another bound."
@@ -280,7 +280,7 @@ class Message(Schema):
 class ChatRequest(GenerationRequest):
     """A request to /v1/chat/completions."""
 
-    messages: Annotated[list[Message], AT_LEAST_ONE] = Field(description="The conversation so far.")
+    messages: Annotated[list[Message], ONE_TO_FEW] = Field(description="The conversation so far.")
     max_completion_tokens: Limit | None = Field(
         None, description="Most tokens of each choice; as many as there is room for."
     )

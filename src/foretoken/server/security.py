@@ -138,16 +138,18 @@ class ApiKeys:
 
 
 class BodyLimit:
-    """Refuses bodies above a size, by what arrives and not by what is announced.
+    """Refuses bodies that are too large or too slow, by what arrives and not what is announced.
 
     Args:
         app: What answers; it gets the whole body at once.
         max_bytes: The largest body.
+        timeout_s: Seconds in which it must have arrived.
     """
 
-    def __init__(self, app: ASGIApp, *, max_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, *, max_bytes: int, timeout_s: float) -> None:
         self._app = app
         self._max_bytes = max_bytes
+        self._timeout_s = timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, or refuse."""
@@ -156,17 +158,26 @@ class BodyLimit:
             return
         announced = _header(scope, b"content-length")
         is_too_large = announced.isdigit() and int(announced) > self._max_bytes
-        body = None if is_too_large else await self._read(receive)
-        if body is not None:
-            await self._app(scope, _replay(body, receive), send)
-            return
-        refusal = Failure(
+        refusal = None
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                body = None if is_too_large else await self._read(receive)
+        except TimeoutError:
+            refusal = too_slow(self._timeout_s)
+        else:
+            if body is not None:
+                await self._app(scope, _replay(body, receive), send)
+                return
+            refusal = self._too_large()
+        await refusal.response()(scope, receive, lingering(receive, send))
+
+    def _too_large(self) -> Failure:
+        return Failure(
             413,
             f"the body has more than the {self._max_bytes} bytes that are allowed",
             code="request_too_large",
             headers={"Connection": "close"},  # what of it is still to come then is not read
         )
-        await refusal.response()(scope, receive, _lingering(receive, send))
 
     async def _read(self, receive: Receive) -> list[Message] | None:
         """Return the messages of a body, the last one complete; None if it is too large."""
@@ -182,7 +193,17 @@ class BodyLimit:
                 return messages
 
 
-def _lingering(receive: Receive, send: Send) -> Send:
+def too_slow(timeout_s: float) -> Failure:
+    """Return what a client is told whose request does not arrive."""
+    return Failure(
+        408,
+        f"the request did not arrive within {timeout_s:g} s (send it faster, or in smaller calls)",
+        code="request_timeout",
+        headers={"Connection": "close"},
+    )
+
+
+def lingering(receive: Receive, send: Send) -> Send:
     """Return a `send` that reads on for a while between an answer and its end.
 
     A connection that is closed while something is unread is reset, and most clients send all of
@@ -222,7 +243,9 @@ def add_security(app: FastAPI, settings: ServerSettings, open_paths: Collection[
         open_paths: What needs no key.
     """
     # What is added last comes first.
-    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
+    app.add_middleware(
+        BodyLimit, max_bytes=settings.max_body_bytes, timeout_s=settings.read_timeout_s
+    )
     if settings.api_keys:
         app.add_middleware(ApiKeys, keys=settings.api_keys, open_paths=open_paths)
     app.add_middleware(SameSite, is_local=settings.is_loopback, origins=settings.cors_origins)
@@ -252,4 +275,12 @@ def _without_port(host: str) -> str:
     return host.partition(":")[0]
 
 
-__all__ = ["ApiKeys", "BodyLimit", "SameSite", "SecurityHeaders", "add_security"]
+__all__ = [
+    "ApiKeys",
+    "BodyLimit",
+    "SameSite",
+    "SecurityHeaders",
+    "add_security",
+    "lingering",
+    "too_slow",
+]

@@ -27,6 +27,10 @@ class ServerSettings:
         deadline_s: Seconds after which a request is given up, and the most that a request may
             allow itself; None for no bound.
         max_body_bytes: Largest body of a call.
+        max_grammar_bytes: Largest JSON schema, regular expression or Lark grammar of a call.
+        max_connections: Open connections; more are refused with 503, but for health checks.
+        read_timeout_s: Seconds in which a request's head, and then its body, must have arrived;
+            the connection of one that has not is closed, with 408.
         max_new_tokens_limit: Most new tokens that a request may ask for; None for the model's
             context.
         cors_origins: Origins, such as "https://app.example", whose pages may call the server;
@@ -48,6 +52,9 @@ class ServerSettings:
     max_choices: int = 8
     deadline_s: float | None = None
     max_body_bytes: int = 4 * 2**20
+    max_grammar_bytes: int = 32 * 2**10
+    max_connections: int = 512
+    read_timeout_s: float = 30.0
     max_new_tokens_limit: int | None = None
     cors_origins: tuple[str, ...] = ()
     log_prompts: bool = False
@@ -61,20 +68,25 @@ class ServerSettings:
                 raise _wrong(name, "a text that is not empty", getattr(self, name))
         _check_integer("port", self.port, 0, MAX_PORT)
         _check_integer("max_queue", self.max_queue, 0)
-        _check_integer("max_choices", self.max_choices, 1)
-        _check_integer("max_body_bytes", self.max_body_bytes, 1)
+        for name in ("max_choices", "max_body_bytes", "max_grammar_bytes", "max_connections"):
+            _check_integer(name, getattr(self, name), 1)
         if self.max_new_tokens_limit is not None:
             _check_integer("max_new_tokens_limit", self.max_new_tokens_limit, 1)
-        if self.deadline_s is not None and not (_is_seconds(self.deadline_s) and self.deadline_s):
-            raise _wrong("deadline_s", "a number of seconds above 0, or None", self.deadline_s)
-        if not _is_seconds(self.drain_s):
-            raise _wrong("drain_s", "a number of seconds, at least 0", self.drain_s)
+        self._check_times()
         for key in self.api_keys:
             _check_key(key)
         for origin in self.cors_origins:
             _check_origin(origin)
         if self.log_format not in LOG_FORMATS:
             raise _wrong("log_format", " or ".join(LOG_FORMATS), self.log_format)
+
+    def _check_times(self) -> None:
+        if self.deadline_s is not None and not (_is_seconds(self.deadline_s) and self.deadline_s):
+            raise _wrong("deadline_s", "a number of seconds above 0, or None", self.deadline_s)
+        if not (_is_seconds(self.read_timeout_s) and self.read_timeout_s):
+            raise _wrong("read_timeout_s", "a number of seconds above 0", self.read_timeout_s)
+        if not _is_seconds(self.drain_s):
+            raise _wrong("drain_s", "a number of seconds, at least 0", self.drain_s)
 
     @property
     def is_loopback(self) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Coroutine, Iterable
+from itertools import islice
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
@@ -13,6 +15,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 MAX_SHOWN = 80  # characters of a refused value or of a field's name
+MAX_PARTS = 2**16  # texts, lists and objects in a body
+SPARE_NUMBERS = 2**16  # beyond what prompts and lists of all token ids take
+
+# A text, so that what stands in it does not count. One that never ends reaches to the end.
+_TEXT = rb'"(?:[^"\\]++|\\.)*+"?'
+_PARTS = re.compile(_TEXT + rb"|[\[{]", re.DOTALL)
+_ENTRIES = re.compile(_TEXT + rb"|,", re.DOTALL)
 
 # Branches of unions, which pydantic puts between the names of fields.
 _BRANCHES = {"str", "bool", "int", "float", "constrained-str", "constrained-int"}
@@ -22,35 +31,66 @@ _NO_OBJECT = "the body is no JSON object (send one, with Content-Type: applicati
 
 
 class StrictRequest(Request):
-    """A request whose JSON is that of the standard.
+    """A request whose JSON is that of the standard, and no more of it than is of any use.
 
     No NaN, no half of a surrogate pair, no nesting beyond 200 levels, UTF-8 and nothing else.
+    Parsing and validation hold up all that goes on, in whatever thread they run, and what they
+    take depends on the number of values rather than of bytes.
+
+    Attributes:
+        max_entries: Most entries of all lists and objects together.
     """
+
+    max_entries = SPARE_NUMBERS
 
     async def json(self) -> Any:
         """Return the parsed body.
 
         Raises:
-            HTTPException: With status 400; it is no valid JSON.
+            HTTPException: With status 400; it is no valid JSON, or has too many values.
         """
         body = await self.body()
+        if _has_more(body, _PARTS, b"[{", MAX_PARTS):
+            raise HTTPException(400, f"the body has more than {MAX_PARTS} texts, lists and objects")
+        if _has_more(body, _ENTRIES, b",", self.max_entries):
+            raise HTTPException(
+                400,
+                f"the body's lists have more than {self.max_entries} entries, which is more than "
+                "the model's context and vocabulary have a use for",
+            )
         try:
             return from_json(body, allow_inf_nan=False)
         except ValueError as error:
             raise HTTPException(400, f"the body is no valid JSON: {error}") from None
 
 
-class StrictRoute(APIRoute):
-    """A route whose requests are `StrictRequest`."""
+def _has_more(body: bytes, pattern: re.Pattern[bytes], marks: bytes, limit: int) -> bool:
+    """Return whether a JSON text has more texts and marks than so many."""
+    most = body.count(b'"') // 2 + sum(body.count(mark) for mark in marks)
+    # Some of the marks may stand in texts, which only a closer look tells.
+    return most > limit and sum(1 for _ in islice(pattern.finditer(body), limit + 1)) > limit
 
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """Return what handles a request."""
-        handle = super().get_route_handler()
 
-        async def handle_strictly(request: Request) -> Response:
-            return await handle(StrictRequest(request.scope, request.receive))
+def strict_route(num_token_ids: int) -> type[APIRoute]:
+    """Return a kind of route whose requests are `StrictRequest`.
 
-        return handle_strictly
+    Args:
+        num_token_ids: Most token ids that a request may have a use for.
+    """
+
+    class Bounded(StrictRequest):
+        max_entries = num_token_ids + SPARE_NUMBERS
+
+    class StrictRoute(APIRoute):
+        def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+            handle = super().get_route_handler()
+
+            async def handle_strictly(request: Request) -> Response:
+                return await handle(Bounded(request.scope, request.receive))
+
+            return handle_strictly
+
+    return StrictRoute
 
 
 def explain(error: RequestValidationError) -> tuple[str | None, str]:
@@ -103,4 +143,4 @@ def _shown_name(name: str) -> str:
     return name if len(name) <= MAX_SHOWN else name[:MAX_SHOWN] + "..."
 
 
-__all__ = ["StrictRequest", "StrictRoute", "explain", "shortened"]
+__all__ = ["StrictRequest", "explain", "shortened", "strict_route"]
