@@ -15,7 +15,7 @@ from foretoken.drafters.composite import CompositeDrafter
 from foretoken.drafters.draft_model import DraftModelDrafter, DraftModelOptions
 from foretoken.engine.engine import Engine, EngineConfig
 from foretoken.models.adapter import ForwardOutput, ModelInfo
-from foretoken.models.batch import RaggedBatch
+from foretoken.models.batch import RaggedBatch, Segment
 from foretoken.models.cache import BLOCK_SIZE, KVCache, LayerShape
 from foretoken.models.modules import adapt_module
 from foretoken.planner.plan import Plan
@@ -39,6 +39,7 @@ class TableModel:
         self.info = ModelInfo(
             name="table",
             vocab_size=logits.shape[1],
+            hidden_size=1,
             num_layers=1,
             context_limit=context_limit,
             eos_ids=frozenset(eos_ids),
@@ -215,6 +216,13 @@ def make_host(target, *, max_requests=4, kv_cache_tokens=KV_TOKENS, tokenizer=No
         max_requests=max_requests,
         kv_cache_tokens=kv_cache_tokens,
     )
+
+
+def states_of(target, token_ids, layers):
+    """Return a target's states at all tokens of a text, by layer, from one pass of its own."""
+    cache = target.new_cache(len(token_ids) + BLOCK_SIZE)
+    segment = Segment(cache.open(), list(token_ids), range(-1, len(token_ids) - 1))
+    return target.forward(target.batch(cache, [segment]), [], hidden_layers=layers).hidden
 
 
 def make_draft_model(target, draft, *, host=None, **options):

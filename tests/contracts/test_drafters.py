@@ -16,7 +16,14 @@ from foretoken.core.sampling import Sampler
 from foretoken.core.tree import ROOT
 from foretoken.core.verdict import FinalKind, Verdict
 from foretoken.drafters import DRAFTERS, prepare_drafter
-from foretoken.drafters.base import DraftContext, DrafterNeeds, Follower, RequestView, Taxonomy
+from foretoken.drafters.base import (
+    DraftContext,
+    DrafterNeeds,
+    Follower,
+    RequestView,
+    StandingStates,
+    Taxonomy,
+)
 from foretoken.drafters.datastore import Datastore
 from foretoken.drafters.token_files import vocabulary_digest, write_token_file
 from foretoken.drafters.token_recycling import FILE_KIND as SUCCESSORS
@@ -33,8 +40,11 @@ from tests.engines import (
     outcome_of,
     plain_ids,
     sampled,
+    states_of,
 )
 from tests.fakes import ASCII_ALPHABET, ByteTokenizer, build_module, tiny_config
+from tests.heads import write_head
+from tests.mtp import write_mtp_model
 
 VOCAB_SIZE = 41
 SIZES = {
@@ -101,6 +111,12 @@ OPTIONS = {
     "token-recycling": lambda folder: {"path": write_successors(folder)},
     "lookahead": lambda folder: {},
     "merged": lambda folder: {"of": f"suffix+draft-model(path={folder},max_depth=3)+suffix"},
+    "medusa": lambda folder: {"path": write_head(folder, "medusa")},
+    "hydra": lambda folder: {"path": write_head(folder, "hydra")},
+    "eagle": lambda folder: {"path": write_head(folder, "eagle", steps=3)},
+    "parallel": lambda folder: {"path": write_head(folder, "parallel", steps=3)},
+    "mtp": lambda folder: {},
+    "kangaroo": lambda folder: {"path": write_head(folder, "kangaroo", heads=2), "eta": 0.05},
     "tail": lambda folder: {
         "of": f"draft-model(path={folder},max_depth=2)",
         "then": "suffix+prompt-lookup",
@@ -122,6 +138,14 @@ def is_follower(name):
     return issubclass(DRAFTERS.load(name), Follower)
 
 
+def build_drafter(name, folder, target):
+    """Return a drafter that `start` and `commit` can tell of its target's states."""
+    spec = ComponentSpec(name, OPTIONS[name](folder))
+    drafter = prepare_drafter(spec)(make_host(target, tokenizer=TOKENIZER))
+    drafter.target_of_suite = target
+    return drafter
+
+
 PARAMS = {"greedy": greedy(12), "sampled": sampled(12, seed=5, temperature=0.7, top_k=12)}
 SAMPLES = (SiblingDraw.IID, SiblingDraw.WITHOUT_REPLACEMENT)
 
@@ -134,9 +158,25 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def target(folder):
+def plain_target(folder):
     # The draft model is the target itself, so that whole paths are accepted.
     return load_model(str(folder), dtype="float64", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def mtp_target(tmp_path_factory):
+    path = tmp_path_factory.mktemp("mtp")
+    write_mtp_model(path, "mellum", vocab_size=VOCAB_SIZE, num_layers=2)
+    return load_model(str(path), dtype="float64", device="cpu")
+
+
+@pytest.fixture
+def target(request):
+    """Return a target that the drafter of a test can draft for."""
+    asked = request.fixturenames
+    way = request.getfixturevalue("way") if "way" in asked else (None,)
+    name = request.getfixturevalue("name") if "name" in asked else way[0]
+    return request.getfixturevalue("mtp_target" if name == "mtp" else "plain_target")
 
 
 @pytest.fixture(params=sorted(OPTIONS))
@@ -160,15 +200,12 @@ def way(request):
 
 @pytest.fixture
 def way_drafter(way, folder, target):
-    spec = ComponentSpec(way[0], OPTIONS[way[0]](folder))
-    return prepare_drafter(spec)(make_host(target, tokenizer=TOKENIZER))
+    return build_drafter(way[0], folder, target)
 
 
 @pytest.fixture
 def build(name, folder, target):
-    return lambda: prepare_drafter(ComponentSpec(name, OPTIONS[name](folder)))(
-        make_host(target, tokenizer=TOKENIZER)
-    )
+    return lambda: build_drafter(name, folder, target)
 
 
 @pytest.fixture
@@ -197,6 +234,26 @@ def random_text(rng, length=None):
 
 def start(drafter, token_ids, request_id="r"):
     drafter.start(RequestView(request_id=request_id, prompt_ids=list(token_ids)))
+    tell(drafter, token_ids, range(len(token_ids) - 1), request_id)
+
+
+def tell(drafter, token_ids, positions, request_id):
+    """Tell a drafter that asks for them of the target's states at some positions of a text."""
+    layers = drafter.needs.hidden_layers
+    if layers and positions:
+        states = states_of(drafter.target_of_suite, token_ids, layers)
+        hidden = {layer: states[layer][positions.start : positions.stop] for layer in layers}
+        drafter.observe(
+            [StandingStates(request_id=request_id, start=positions.start, hidden=hidden)]
+        )
+
+
+def commit(drafter, text, verdict, request_id="r"):
+    """Do what the engine does at the end of a step; the text takes the verdict's tokens."""
+    num_told = len(text) - 1
+    text += verdict.token_ids
+    tell(drafter, text, range(num_told, len(text) - 1), request_id)
+    drafter.commit([outcome_of(verdict, request_id)])
 
 
 def propose_fresh(drafter, context, request_id="fresh"):
@@ -452,8 +509,7 @@ def test_draft_after_a_commit_is_that_of_the_whole_text(drafter, share, kind):
         [draft] = drafter.propose([context])
         assert_same_draft(draft, propose_fresh(drafter, context))
         verdict = verdict_of(draft, share, rng)
-        drafter.commit([outcome_of(verdict)])
-        text += verdict.token_ids
+        commit(drafter, text, verdict)
 
 
 def test_commit_of_a_step_that_it_did_not_draft_for(drafter):
@@ -462,8 +518,7 @@ def test_commit_of_a_step_that_it_did_not_draft_for(drafter):
     start(drafter, text)
     for step, path in enumerate([(), (1, 2), (), (3,)]):
         verdict = Verdict(path, tuple(range(step, step + len(path) + 1)), FinalKind.BONUS)
-        drafter.commit([outcome_of(verdict)])
-        text += verdict.token_ids
+        commit(drafter, text, verdict)
     context = make_context(text)
     [draft] = drafter.propose([context])
     assert_same_draft(draft, propose_fresh(drafter, context))
@@ -475,8 +530,7 @@ def test_commit_of_another_drafters_path(drafter):
     for _ in range(3):
         drafter.propose([make_context(text)])
         verdict = Verdict((4, 7), (30, 31, 32), FinalKind.RECOVERED)
-        drafter.commit([outcome_of(verdict)])
-        text += verdict.token_ids
+        commit(drafter, text, verdict)
     context = make_context(text)
     [draft] = drafter.propose([context])
     assert_same_draft(draft, propose_fresh(drafter, context))
@@ -492,7 +546,7 @@ def test_stop_forgets_a_request_and_may_come_twice(drafter):
     for request_id, text in texts.items():
         start(drafter, text, request_id)
     drafter.propose([make_context(text, request_id=key) for key, text in texts.items()])
-    drafter.commit([outcome_of(Verdict((), (3,), FinalKind.RECOVERED), "r0")])
+    commit(drafter, texts["r0"], Verdict((), (3,), FinalKind.RECOVERED), "r0")
     for request_id in [*texts, *texts, "never started"]:
         drafter.stop(request_id)
     assert held_sizes(drafter) == held_before

@@ -9,8 +9,11 @@ from foretoken.core.draft import Draft, SiblingDraw
 from foretoken.core.tree import TokenTree
 from foretoken.core.verdict import FinalKind, Verdict
 from foretoken.drafters.base import DrafterNeeds
+from foretoken.drafters.early_exit import EarlyExitDrafter, EarlyExitOptions
+from foretoken.drafters.layer_skip import LayerSkipDrafter, LayerSkipOptions
 from foretoken.drafters.prompt_lookup import PromptLookupDrafter, PromptLookupOptions
 from foretoken.drafters.suffix import SuffixDrafter, SuffixOptions
+from foretoken.engine import replay_target
 from foretoken.engine.engine import Engine, EngineConfig
 from foretoken.engine.replay import Recording, replay
 from foretoken.engine.step_log import (
@@ -22,6 +25,7 @@ from foretoken.engine.step_log import (
     rank_acceptances,
 )
 from foretoken.errors import ConfigError
+from foretoken.models.adapter import LanguageModel
 from foretoken.planner.plan import Plan
 from foretoken.planner.sequoia import best_tree
 from foretoken.verifiers.coupled import CoupledVerifier
@@ -172,20 +176,119 @@ def test_a_replay_times_drafting_and_its_books():
     assert sum(step.draft_s for step in played.steps) > 0
 
 
+class StateDrafter(ScriptedDrafter):
+    """Drafts as many right tokens as the digits of the target's states at the last token say.
+
+    Any other state at any step gives other drafts, so that equal steps mean equal states.
+    """
+
+    def __init__(self, truths, layers):
+        super().__init__(self._chain, name="states")
+        self.needs = DrafterNeeds(hidden_layers=layers)
+        self._truths = truths
+        self._told = {}
+
+    def observe(self, standing):
+        for it in standing:
+            last = [float(states[-1].double().sum()) for states in it.hidden.values()]
+            self._told[it.request_id] = sum(last)
+
+    def _chain(self, context):
+        num_right = int(abs(self._told.get(context.request_id, 0.0)) * 1e6) % 5
+        [truth] = [it for it in self._truths if it[: len(context.token_ids)] == context.token_ids]
+        start = len(context.token_ids)
+        wrong = (truth[start + num_right] + 1) % 61 if start + num_right < len(truth) else 0
+        return [*truth[start : start + num_right], wrong][: context.budget.max_depth]
+
+
+STATE_MAKERS = {
+    "states": lambda host, truths: StateDrafter(truths, (0, 1, 2)),
+    "early-exit": lambda host, truths: EarlyExitDrafter(EarlyExitOptions(layers=1), host),
+    "layer-skip": lambda host, truths: LayerSkipDrafter(
+        LayerSkipOptions(skip="1", min_gain=0.0), host
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STATE_MAKERS)
+@pytest.mark.parametrize("max_requests", [1, 3])
+@pytest.mark.parametrize("chunk", [7, 512])
+def test_drafters_on_the_targets_states_are_replayed_exactly(
+    name, max_requests, chunk, monkeypatch
+):
+    monkeypatch.setattr(replay_target, "CHUNK_ROWS", chunk)
+    target = micro_model()
+    asked = [(prompt_ids, greedy(24)) for prompt_ids in PROMPTS]
+    truths = [[*prompt_ids, *plain_ids(target, prompt_ids, its)] for prompt_ids, its in asked]
+    sizes = {"max_requests": max_requests, "prefill_chunk": 16, "prefix_caching": False}
+    host = make_host(target, **ROOMY)
+    make = STATE_MAKERS[name]
+    requests, log = run_live(target, {name: make(host, truths)}, asked, max_nodes=6, **sizes)
+    played = replay(
+        target.info,
+        {name: make(host, truths)},
+        record(requests),
+        max_nodes=6,
+        target=target,
+        config=EngineConfig(**sizes),
+    )
+    assert without_times(played.steps) == without_times(log.steps)
+    assert sum(stats.num_accepted for stats in played.stats) > 0
+
+
+def test_the_target_reads_each_recording_once_in_chunks(monkeypatch):
+    """It is run over as many rows as there are tokens, and keeps no more states than it must."""
+    monkeypatch.setattr(replay_target, "CHUNK_ROWS", 16)
+    target = micro_model()
+    output_ids = plain_ids(target, PROMPTS[2], greedy(60))
+    num_rows = []
+    forward = LanguageModel.forward
+
+    def counted(self, batch, rows, **options):
+        num_rows.append(batch.num_rows)
+        return forward(self, batch, rows, **options)
+
+    monkeypatch.setattr(LanguageModel, "forward", counted)
+    kept = []
+    read = replay_target._Reading.states
+
+    def watched(self, positions):
+        states = read(self, positions)
+        kept.append(max(len(it) for it in self._states.values()))
+        return states
+
+    monkeypatch.setattr(replay_target._Reading, "states", watched)
+    recording = Recording(prompt_ids=PROMPTS[2], output_ids=output_ids, params=greedy(60), seed=0)
+    drafter = StateDrafter([[*PROMPTS[2], *output_ids]], (1,))
+    replay(
+        target.info,
+        {"states": drafter},
+        [recording],
+        max_nodes=6,
+        target=target,
+        config=EngineConfig(max_requests=1, prefill_chunk=16),
+    )
+    assert max(num_rows) == 16
+    assert len(PROMPTS[2]) + 59 <= sum(num_rows) <= len(PROMPTS[2]) + 60
+    assert max(kept) <= 16 + 16 + 7
+
+
 @pytest.mark.parametrize(
-    ("needs", "what"),
+    ("needs", "what", "hint"),
     [
-        (DrafterNeeds(top_logits=4), "top_logits=4"),
-        (DrafterNeeds(hidden_layers=(1,)), r"hidden_layers=\(1,\)"),
-        (DrafterNeeds(shared_layers=2), "shared_layers=2"),
+        (DrafterNeeds(top_logits=4), "top_logits=4", "live"),
+        (DrafterNeeds(hidden_layers=(1,)), r"hidden_layers=\(1,\)", "give the target"),
+        (DrafterNeeds(shared_layers=2), "shared_layers=2", "give the target"),
+        (DrafterNeeds(target_past=True), "target_past=True", "give the target"),
     ],
 )
-def test_drafters_that_need_the_target_are_refused(needs, what):
+def test_drafters_that_need_the_target_are_refused_without_it(needs, what, hint):
     drafter = counting_drafter()
     drafter.needs = needs
     recording = Recording(prompt_ids=[1], output_ids=[2], params=greedy(1), seed=0)
-    with pytest.raises(ConfigError, match=what):
+    with pytest.raises(ConfigError, match=what) as refused:
         replay(counting_model().info, {"needy": drafter}, [recording], max_nodes=3)
+    assert hint in refused.value.hint
 
 
 def test_records_that_their_parameters_could_not_have_made_are_refused():

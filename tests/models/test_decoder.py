@@ -279,7 +279,7 @@ def facts(config):
         **{name: getattr(config, name) for name in names.split()},
         "head_dim": head_dim,
         "windows": list(decoder_loading._windows(config)),
-        "frequencies": decoder_loading._frequencies(config, head_dim)[0].tolist(),
+        "frequencies": decoder_loading.rotary_frequencies(config, head_dim)[0].tolist(),
         "is_plain": is_plain_decoder(config),
     }
 

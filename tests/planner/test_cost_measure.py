@@ -60,6 +60,7 @@ def timed_model(machine, context_limit=4096):
     info = ModelInfo(
         name="timed",
         vocab_size=50_000,
+        hidden_size=2,
         num_layers=1,
         context_limit=context_limit,
         eos_ids=frozenset(),

@@ -16,6 +16,7 @@ from foretoken.training.corpus import (
     without_overlap,
 )
 from tests.fakes import VOCAB_SIZE
+from tests.training.disks import small_disk
 
 PROMPTS = [(3, 7), (11,), (5, 5, 9), (2, 60)]
 PARAMS = seeded(SamplingParams(max_new_tokens=6, temperature=1.0), 4, len(PROMPTS))
@@ -44,6 +45,17 @@ def test_every_prompt_samples_with_a_seed_of_its_own():
     assert len(set(seeds)) == len(PROMPTS)
     assert {params.max_new_tokens for params in PARAMS} == {6}
     assert seeds != [params.seed for params in seeded(SamplingParams(), 5, len(PROMPTS))]
+
+
+def test_a_full_disk_keeps_the_finished_lines(target, tmp_path):
+    path = tmp_path / "c.jsonl"
+    wanted = gather(target, path)
+    num_bytes = sum(map(len, path.read_bytes().splitlines(keepends=True)[:2])) + 5
+    path.unlink()
+    with small_disk(num_bytes), pytest.raises(ConfigError, match=r"c\.jsonl cannot be written"):
+        gather(target, path)
+    assert len(read_corpus(path, PROMPTS, VOCAB_SIZE)) == 2
+    assert gather(target, path) == wanted
 
 
 def test_what_is_there_is_not_collected_again(target, tmp_path, progress):

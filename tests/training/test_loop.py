@@ -1,12 +1,21 @@
 """The training loop: resumed to the bit, and clear about what is wrong."""
 
+import math
+import sys
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
 
 from foretoken.errors import ConfigError
-from foretoken.training.loop import LoopConfig, ShuffledBatches, train, write_atomically
+from foretoken.training.loop import (
+    BucketedBatches,
+    LoopConfig,
+    ShuffledBatches,
+    train,
+    write_atomically,
+)
 
 CONFIG = LoopConfig(num_steps=12, num_warmup_steps=3, num_checkpoint_steps=4, seed=5)
 DATA = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
@@ -112,6 +121,23 @@ def test_every_epoch_has_every_item_once_in_another_order():
     assert len(batches.indices(2)) == 2
 
 
+def test_buckets_have_every_item_once_and_about_one_length():
+    lengths = torch.randint(5, 200, (203,), generator=torch.Generator().manual_seed(1)).tolist()
+    batches = BucketedBatches(lengths, batch_size=4, seed=3)
+    num = math.ceil(203 / 4)
+    epochs = [[batches.indices(num * epoch + step) for step in range(num)] for epoch in range(2)]
+    for epoch in epochs:
+        assert sorted(index for batch in epoch for index in batch) == list(range(203))
+    assert epochs[0] != epochs[1]
+    assert {len(batch) for batch in epochs[0]} == {3, 4}
+    # Sorted among 64 items, 4 of them span a sixteenth of the range on average; unsorted, half.
+    spans = [max(lengths[it] for it in b) - min(lengths[it] for it in b) for b in epochs[0]]
+    assert sum(spans) / num < 195 / 8
+    # The shortest batches do not all come first.
+    firsts = [lengths[batch[0]] for batch in epochs[0]]
+    assert firsts != sorted(firsts)
+
+
 # -- what goes wrong -----------------------------------------------------------------------------
 
 
@@ -166,3 +192,116 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     with pytest.raises(CrashError):
         write_atomically(path, write)
     assert path.read_text() == "old"
+
+
+def fails_from(module, step, *, spoil):
+    """Train with a loss that is spoiled from the given step on; the first step is 0."""
+
+    def loss_of(number):
+        loss = module(DATA[:8]).square().mean()
+        return spoil(loss) if number >= step else loss
+
+    return lambda **more: train(module, lambda number: number, loss_of, CONFIG, **more)
+
+
+def test_a_loss_that_is_no_number_keeps_the_last_checkpoint(tmp_path):
+    checkpoint = tmp_path / "checkpoint"
+    with pytest.raises(ConfigError, match=r"loss of step 7 is inf.*step 4 is kept"):
+        fails_from(new_module(), 6, spoil=lambda loss: loss * torch.inf)(checkpoint=checkpoint)
+    kept = torch.load(checkpoint, weights_only=True)
+    assert len(kept["losses"]) == 4
+    assert all(weight.isfinite().all() for weight in kept["module"].values())
+
+
+class SpoiledGradient(torch.autograd.Function):
+    """A finite value with a gradient that is no number, as of a square root at 0."""
+
+    @staticmethod
+    def forward(_context, loss):
+        return loss.clone()
+
+    @staticmethod
+    def backward(_context, gradient):
+        return gradient * torch.nan
+
+
+def test_a_gradient_that_is_no_number_changes_no_weight(tmp_path):
+    checkpoint, module = tmp_path / "checkpoint", new_module()
+    with pytest.raises(ConfigError, match=r"gradients of step 5 are not finite.*step 4 is kept"):
+        fails_from(module, 4, spoil=SpoiledGradient.apply)(checkpoint=checkpoint)
+    assert same(torch.load(checkpoint, weights_only=True)["module"], weights(module))
+
+
+def test_without_a_checkpoint_nothing_is_said_of_one():
+    with pytest.raises(ConfigError) as caught:
+        fails_from(new_module(), 0, spoil=SpoiledGradient.apply)()
+    assert "kept" not in str(caught.value)
+
+
+def test_weights_that_are_no_numbers_are_not_saved(tmp_path):
+    checkpoint, module = tmp_path / "checkpoint", new_module()
+
+    def spoil(num_done, _loss):
+        if num_done == 7:
+            with torch.no_grad():
+                module[3].bias.fill_(torch.nan)
+
+    with pytest.raises(ConfigError, match="step 4 is kept"):
+        run(module, checkpoint=checkpoint, on_step=spoil)
+    assert len(torch.load(checkpoint, weights_only=True)["losses"]) == 4
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(tmp_path):
+    checkpoint = tmp_path / "checkpoint"
+    partial = tmp_path / "checkpoint.partial"
+
+    def fill_the_disk(num_done, _loss):
+        if num_done == 5:
+            partial.symlink_to("/dev/full")  # every write to it says that the device is full
+
+    with pytest.raises(
+        ConfigError, match=r"^checkpoint cannot be written: No space left"
+    ) as caught:
+        run(new_module(), checkpoint=checkpoint, on_step=fill_the_disk)
+    assert "free some space" in caught.value.hint
+    assert not partial.is_symlink()
+    assert len(torch.load(checkpoint, weights_only=True)["losses"]) == 4
+    # With room again, training goes on and ends as if nothing had been.
+    whole, resumed = new_module(), new_module()
+    run(whole)
+    run(resumed, checkpoint=checkpoint)
+    assert same(weights(resumed), weights(whole))
+
+
+# -- precision -----------------------------------------------------------------------------------
+
+
+def test_bfloat16_computes_in_bfloat16_and_keeps_weights_in_float32():
+    config = LoopConfig(num_steps=200, learning_rate=0.02, precision="bfloat16")
+    module, seen = new_module(), set()
+    module[0].register_forward_hook(lambda _module, _inputs, output: seen.add(output.dtype))
+    losses = run(module, config)
+    assert seen == {torch.bfloat16}
+    assert {weight.dtype for weight in module.parameters()} == {torch.float32}
+    assert sum(losses[-20:]) < 0.5 * sum(losses[:20])
+
+
+def test_trainings_of_different_precisions_follow_each_other():
+    """accelerate keeps one state per process and refuses a second one of another precision."""
+    from accelerate.state import is_initialized
+
+    for precision in ("float32", "bfloat16", "auto"):
+        run(new_module(), LoopConfig(num_steps=1, precision=precision))
+        assert not is_initialized()
+
+
+def test_an_unknown_precision_is_refused():
+    with pytest.raises(ConfigError, match="precision is auto, float32 or bfloat16; got 'int8'"):
+        LoopConfig(num_steps=1, precision="int8")
+
+
+def test_without_accelerate_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    with pytest.raises(ConfigError, match="accelerate is not installed") as caught:
+        run(new_module())
+    assert "foretoken[train]" in caught.value.hint

@@ -31,12 +31,15 @@ class DrafterNeeds:
         top_logits: How many of the likeliest tokens after each scored node it receives.
         draft_cache: Whether it keeps keys and values that must follow every commit.
         shared_layers: How many of the target's first layers it runs itself, as `row_states` tell.
+        target_past: Whether it takes over keys and values that the target has cached, from the
+            context's `past`.
     """
 
     hidden_layers: tuple[int, ...] = ()
     top_logits: int = 0
     draft_cache: bool = False
     shared_layers: int = 0
+    target_past: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -47,6 +47,7 @@ class CompositeDrafter(Drafter):
             top_logits=max((it.top_logits for it in needs), default=0),
             draft_cache=any(it.draft_cache for it in needs),
             shared_layers=max((it.shared_layers for it in needs), default=0),
+            target_past=any(it.target_past for it in needs),
         )
 
     def serves(self, params: SamplingParams, *, has_reference: bool) -> bool:

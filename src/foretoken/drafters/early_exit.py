@@ -17,7 +17,7 @@ from foretoken.drafters.model_drafter import DraftState, GrowthOptions, ModelDra
 from foretoken.errors import ConfigError
 from foretoken.models.adapter import LayerView
 from foretoken.models.batch import RaggedBatch, RowStates
-from foretoken.models.partial import LayerSet, copy_past
+from foretoken.models.partial import CachedPast, LayerSet, copy_past
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,13 +55,62 @@ class EarlyExitOptions(GrowthOptions):
         return layers
 
 
-class EarlyExitDrafter(ModelDrafter):
+class FirstLayersDrafter(ModelDrafter):
+    """Runs the target's first layers for its drafts; the target goes on from what they gave.
+
+    The rows of the root and of the nodes that the drafter expands go through the first layers
+    here, and through the others in the target's pass, so no row goes through a layer twice.
+
+    Args:
+        num_layers: How many of the target's layers it runs.
+        options: How trees grow.
+        host: What there is.
+
+    Raises:
+        UnsupportedModelError: The layers of the target's architecture cannot be run apart.
+    """
+
+    def __init__(self, num_layers: int, options: GrowthOptions, host: DrafterHost) -> None:
+        self._num_layers = num_layers
+        self._view: LayerView = host.target.with_layers(LayerSet.all(num_layers))
+        super().__init__(self._view, options, host)
+        self.needs = replace(self.needs, shared_layers=num_layers, target_past=True)
+
+    def row_states(self, request_id: str, positions: range, draft: Draft) -> RowStates | None:
+        """Return the states of the rows that were run for this step's draft."""
+        state = self._states[request_id]
+        sequence = state.sequence
+        is_current = sequence.num_cached + state.num_known == positions.stop
+        # Tokens that were fed before the target is would hang on rows that are not known.
+        if not state.num_known or not is_current or sequence.num_cached > positions.start:
+            return None
+        num_skipped = positions.start - sequence.num_cached
+        staged = {row: row + num_skipped for row in range(len(positions))}
+        staged |= _staged_nodes(state, draft, root_row=len(positions) - 1)
+        slots = self._cache.slots(
+            sequence, sequence.num_cached, sequence.num_cached + sequence.num_staged
+        )
+        rows, indices = sorted(staged), [staged[row] for row in sorted(staged)]
+        hidden = torch.cat(state.hidden)[indices]
+        return RowStates(self._num_layers, rows, hidden, self._cache, slots[indices])
+
+    def _take_past(self, state: DraftState, past: CachedPast, stop: int) -> None:
+        """Take the keys and values that the target has cached, up to a position."""
+        copy_past(past, self._view.layers.attention, self._cache, state.sequence, stop)
+
+    def _keep_states(
+        self, growing: Sequence[tuple[DraftContext, GrowingTree]], hidden: Sequence[Tensor]
+    ) -> None:
+        """Keep the states of a pass for the target, one tensor for each tree."""
+        for (context, _), states in zip(growing, hidden, strict=True):
+            self._states[context.request_id].hidden.append(states)
+
+
+class EarlyExitDrafter(FirstLayersDrafter):
     """Drafts with the target's first layers, its final norm and its head.
 
-    The keys and values of the text come from the target's own cache. The rows of the root and of
-    the nodes that the drafter expands go through the first layers here, and through the others in
-    the target's pass, so no row goes through a layer twice. Any model will do; one that was
-    trained with early-exit loss (LayerSkip) drafts far better.
+    The keys and values of the text come from the target's own cache. Any model will do; one that
+    was trained with early-exit loss (LayerSkip) drafts far better.
 
     Args:
         options: How many layers, and how trees grow.
@@ -82,42 +131,19 @@ class EarlyExitDrafter(ModelDrafter):
     )
 
     def __init__(self, options: EarlyExitOptions, host: DrafterHost) -> None:
-        self._num_layers = options.num_layers(host.target.info.num_layers)
-        self._view: LayerView = host.target.with_layers(LayerSet.all(self._num_layers))
-        super().__init__(self._view, options, host)
-        self.needs = replace(self.needs, shared_layers=self._num_layers)
+        super().__init__(options.num_layers(host.target.info.num_layers), options, host)
 
     @classmethod
     def create(cls, options: EarlyExitOptions, host: DrafterHost) -> EarlyExitDrafter:
         """Build it on the host's target; nothing is loaded."""
         return cls(options, host)
 
-    def row_states(self, request_id: str, positions: range, draft: Draft) -> RowStates | None:
-        """Return the states of the rows that were run for this step's draft."""
-        state = self._states[request_id]
-        sequence = state.sequence
-        is_current = sequence.num_cached + state.num_known == positions.stop
-        # Tokens that were fed before the target is would hang on rows that are not known.
-        if not state.num_known or not is_current or sequence.num_cached > positions.start:
-            return None
-        num_skipped = positions.start - sequence.num_cached
-        staged = {row: row + num_skipped for row in range(len(positions))}
-        staged |= _staged_nodes(state, draft, root_row=len(positions) - 1)
-        slots = self._cache.slots(
-            sequence, sequence.num_cached, sequence.num_cached + sequence.num_staged
-        )
-        rows, indices = sorted(staged), [staged[row] for row in sorted(staged)]
-        hidden = torch.cat(state.hidden)[indices]
-        return RowStates(self._num_layers, rows, hidden, self._cache, slots[indices])
-
     def _catch_up(self, state: DraftState, context: DraftContext) -> None:
         """Take what the target has cached, so that the rows left are those that it will run."""
         if context.past is None:
             super()._catch_up(state, context)
-            return
-        num_cached = context.past.sequence.num_cached
-        layers = self._view.layers.attention
-        copy_past(context.past, layers, self._cache, state.sequence, num_cached)
+        else:
+            self._take_past(state, context.past, context.past.sequence.num_cached)
 
     def _forward(
         self,
@@ -127,10 +153,7 @@ class EarlyExitDrafter(ModelDrafter):
     ) -> Tensor:
         layer = self._num_layers
         output = self._model.forward(batch, rows, hidden_layers=[layer])
-        for (context, _), hidden in zip(
-            growing, output.hidden[layer].split(batch.lengths), strict=True
-        ):
-            self._states[context.request_id].hidden.append(hidden)
+        self._keep_states(growing, output.hidden[layer].split(batch.lengths))
         return output.logits
 
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any, ClassVar
 
 from foretoken.core.draft import Draft
 from foretoken.core.sampling import Frontier, best_guesses
 from foretoken.drafters.base import DraftContext, DrafterHost, Outcome, RequestView, Taxonomy
+from foretoken.drafters.levels import RACE_TEMPERATURE
 from foretoken.drafters.model_drafter import (
-    RACE_TEMPERATURE,
     DraftState,
     GrowthOptions,
     ModelDrafter,
@@ -136,6 +136,7 @@ class LayerSkipDrafter(ModelDrafter):
         self.skipped = fixed or (self._search.best if self._search else SkipSet())
         self._view = _view_without(host.target, self.skipped)
         super().__init__(self._view, options, host)
+        self.needs = replace(self.needs, target_past=True)
 
     @classmethod
     def create(cls, options: LayerSkipOptions, host: DrafterHost) -> LayerSkipDrafter:

@@ -11,14 +11,10 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.nn import functional
 
 from foretoken.core.draft import Draft, DraftBudget, SiblingDraw
-from foretoken.core.drawing import draw_iid, draw_without_replacement
-from foretoken.core.ranking import LogprobLists, TokenLists, best_tokens
-from foretoken.core.sampling import Frontier, best_guesses
 from foretoken.core.tree import ROOT
 from foretoken.core.verdict import Verdict
 from foretoken.drafters.base import (
@@ -36,6 +32,7 @@ from foretoken.drafters.growth import (
     GrowthPolicy,
     StaticExpansion,
 )
+from foretoken.drafters.levels import SAMPLERS, add_level
 from foretoken.errors import ConfigError
 from foretoken.models.adapter import LanguageModel
 from foretoken.models.batch import RaggedBatch, Segment
@@ -43,14 +40,6 @@ from foretoken.models.cache import BLOCK_SIZE, CachedSequence
 
 PREFILL_ROWS = 512
 NOTHING = DraftBudget(max_nodes=0, max_depth=0)
-# How far target and draft disagree, as the temperature of the race between candidates; see
-# docs/decisions for the measurement.
-RACE_TEMPERATURE = 0.5
-
-_SAMPLERS = {
-    SiblingDraw.IID: draw_iid,
-    SiblingDraw.WITHOUT_REPLACEMENT: draw_without_replacement,
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -269,7 +258,7 @@ class ModelDrafter(Drafter):
         if self._max_nodes is not None and self._max_nodes < budget.max_nodes:
             budget = replace(budget, max_nodes=self._max_nodes)
         kind = GrowingTree
-        if context.siblings in _SAMPLERS:
+        if context.siblings in SAMPLERS:
             kind = DrawnTree
             state.generator = context.generator()
         tree = kind(context.token_ids[-1], budget, self._policy, max_depth)
@@ -338,62 +327,9 @@ class ModelDrafter(Drafter):
         growing: Sequence[tuple[DraftContext, GrowingTree]],
         logits: Tensor,  # [F, V]
     ) -> None:
-        """Add a level to every tree: all that race in one go, the others one by one."""
-        racing: list[tuple[DraftContext, GrowingTree, slice]] = []
-        start = 0
-        for context, tree in growing:
-            rows = slice(start, start + len(tree.frontier))
-            start = rows.stop
-            if isinstance(tree, DrawnTree):
-                self._draw(context, tree, logits[rows])
-            elif context.siblings is SiblingDraw.COUPLED or context.sampler.is_greedy:
-                racing.append((context, tree, rows))
-            else:
-                self._rank(context, tree, logits[rows])
-        if not racing:
-            return
-        if len(racing) < len(growing):
-            logits = torch.cat([logits[rows] for _, _, rows in racing])
-        width = max(tree.num_children for _, tree, _ in racing)
-        token_ids, logprobs = self._candidates(racing, logits, width)
-        start = 0
-        for _, tree, _ in racing:
-            stop, num_children = start + len(tree.frontier), tree.num_children
-            if num_children < width:
-                for row in range(start, stop):
-                    del token_ids[row][num_children:], logprobs[row][num_children:]
-            tree.grow(token_ids[start:stop], logprobs[start:stop])
-            start = stop
+        """Add a level to every tree."""
+        add_level(growing, logits, self._generator)
 
-    def _draw(self, context: DraftContext, tree: DrawnTree, logits: Tensor) -> None:
-        """Sample the children of each frontier node from the draft model's own distribution."""
-        draw = _SAMPLERS[context.siblings]
-        generator = self._states[context.request_id].generator or context.generator()
-        drawn = []
-        for row, node, count in zip(logits, tree.frontier, tree.num_draws, strict=True):
-            path = tree.paths[node]
-            probs = context.sampler.draft_distribution(row, context.token_ids, path)
-            # All zeros where the controls leave nothing to draw.
-            drawn.append((draw(probs, count, generator) if probs.any() else [], probs))
-        tree.grow_drawn(drawn)
-
-    def _rank(self, context: DraftContext, tree: GrowingTree, logits: Tensor) -> None:
-        """Take the likeliest children of each frontier node: no noise, for rules with their own."""
-        paths = [tree.paths[node] for node in tree.frontier]
-        scores = context.sampler.scores(logits, context.token_ids, paths)
-        tree.grow(*best_tokens(scores, tree.num_children))
-
-    def _candidates(
-        self,
-        racing: Sequence[tuple[DraftContext, GrowingTree, slice]],
-        logits: Tensor,  # [F, V]
-        width: int,
-    ) -> tuple[TokenLists, LogprobLists]:
-        """Return the best children of each frontier node by the race, best first."""
-        frontiers = [
-            Frontier(
-                context.sampler, context.token_ids, [tree.paths[node] for node in tree.frontier]
-            )
-            for context, tree, _ in racing
-        ]
-        return best_guesses(logits, frontiers, width, RACE_TEMPERATURE)
+    def _generator(self, context: DraftContext) -> np.random.Generator:
+        """Return the generator of this step's samples."""
+        return self._states[context.request_id].generator or context.generator()

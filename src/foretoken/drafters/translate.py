@@ -19,7 +19,7 @@ from foretoken.core.params import SamplingParams
 from foretoken.core.sampling import Sampler
 from foretoken.core.tree import NO_PARENT, ROOT, TokenTree
 from foretoken.drafters.base import DraftContext
-from foretoken.drafters.model_drafter import RACE_TEMPERATURE
+from foretoken.drafters.levels import RACE_TEMPERATURE
 from foretoken.drafters.retokenize import Vocabulary, continue_ids, text_behind
 
 NAME = "universal"

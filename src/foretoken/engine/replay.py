@@ -1,9 +1,10 @@
-"""Replay: a drafter scored against recorded outputs, without running the target.
+"""Replay: a drafter scored against recorded outputs, without decoding them again.
 
 Output does not depend on drafts, so a recorded output tells what the target says of any draft:
 the nodes along the record are taken, the others are not. The engine runs as ever, around a
-target that computes nothing and a verifier that reads the record; only the target's pass is
-missing from the times.
+target that computes nothing of drafts and a verifier that reads the record; only the target's pass
+is missing from the times. For drafters that draft from the target's states or its cache, the
+target reads every recording once.
 
 Source: the replay of "Decoding Speculative Decoding", arXiv:2402.01528, section 4, there for
 greedy chains. Here also sampled: noise is keyed by seed and position, so drafters that run the
@@ -15,24 +16,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import torch
-
 from foretoken.core.draft import Draft
 from foretoken.core.params import SamplingParams
 from foretoken.core.sampling import Sampler
 from foretoken.core.verdict import FinalKind, Verdict
 from foretoken.drafters.base import Drafter, DrafterNeeds
 from foretoken.engine.engine import CompileGrammar, Engine, EngineConfig
+from foretoken.engine.replay_target import Attendance, Reader, RecordedTarget
 from foretoken.engine.request import Request
 from foretoken.engine.stats import RequestStats
 from foretoken.engine.step_log import DraftRecord, StepLog, StepRecord
 from foretoken.engine.text import Decode
-from foretoken.errors import ConfigError, UnsupportedModelError
-from foretoken.models.adapter import ForwardOutput, LanguageModel, ModelInfo, PartialPass
-from foretoken.models.batch import RaggedBatch
+from foretoken.errors import ConfigError
+from foretoken.models.adapter import LanguageModel, ModelInfo
 from foretoken.models.cache import BLOCK_SIZE
-from foretoken.models.partial import LayerSet
-from foretoken.models.pools import LayerShape
 from foretoken.planner.base import Planner
 from foretoken.planner.plan import Plan
 from foretoken.verifiers.base import TargetRows
@@ -97,6 +94,7 @@ def replay(  # noqa: PLR0913 - one parameter is one part
     recordings: Sequence[Recording],
     *,
     max_nodes: int,
+    target: LanguageModel | None = None,
     planner: Planner | None = None,
     decode: Decode | None = None,
     compile_grammar: CompileGrammar | None = None,
@@ -106,7 +104,7 @@ def replay(  # noqa: PLR0913 - one parameter is one part
 
     Steps and tokens are exactly those of a live run with coupled verification, on a target whose
     exactness is bitwise. Two ends are cut: a record's last token always counts as the target's
-    own, and the time of the target's pass is none.
+    own, and the times of the target's passes are not those of decoding.
 
     Args:
         info: Of the target that was recorded.
@@ -114,29 +112,31 @@ def replay(  # noqa: PLR0913 - one parameter is one part
             before would flatter it. They are not closed.
         recordings: At least one.
         max_nodes: Most draft tokens per request and step.
+        target: The one that was recorded, to read the recordings for drafters that ask for its
+            states or its cache; others leave it alone.
         planner: Who drafts how much in each step; None for everybody, always, all of it.
         decode: Token ids to text, for requests with stop texts.
         compile_grammar: Makes the state of a request's grammar, for requests with one.
         config: How many run at once, one after the other by default.
 
     Raises:
-        ConfigError: A drafter needs what a record does not hold, or a record is none that its
-            parameters could have made.
+        ConfigError: A drafter needs what neither a record nor the target's reading of it holds,
+            or a record is none that its parameters could have made.
         RequestError: A recording's prompt or parameters do not fit the target.
     """
-    _check(drafters, recordings)
+    _check(drafters, recordings, target)
     config = config or EngineConfig(max_requests=1)
-    target = _silent_target(info)
+    stand_in = RecordedTarget(info, _reader(drafters, target))
     longest = max(len(it.prompt_ids) + it.params.max_new_tokens for it in recordings)
     num_tokens = min(longest, info.context_limit) + max_nodes + 1 + BLOCK_SIZE
     verifier, log = _RecordVerifier(), StepLog(planner)
     engine = Engine(
-        target,
-        target.new_cache(config.max_requests * num_tokens),
+        stand_in,
+        stand_in.new_cache(config.max_requests * num_tokens),
         drafters,
         verifier,
         Plan(max_nodes=max_nodes),
-        planner=log,
+        planner=Attendance(log, stand_in),
         decode=decode,
         compile_grammar=compile_grammar,
         config=config,
@@ -150,6 +150,7 @@ def replay(  # noqa: PLR0913 - one parameter is one part
                 reference_ids=recording.reference_ids,
             )
             verifier.recordings[request.sampler] = recording
+            stand_in.texts[request.request_id] = [*recording.prompt_ids, *recording.output_ids]
             engine.submit(request)
             pairs.append((request, recording))
         _run(engine, pairs)
@@ -159,9 +160,28 @@ def replay(  # noqa: PLR0913 - one parameter is one part
     return Replay(steps=log.steps, stats=[request.stats for request, _ in pairs])
 
 
-def is_replayable(needs: DrafterNeeds) -> bool:
-    """Return whether a drafter drafts from tokens alone, and not from what the target computes."""
-    return not (needs.hidden_layers or needs.top_logits or needs.shared_layers)
+def is_replayable(needs: DrafterNeeds, *, has_target: bool = False) -> bool:
+    """Return whether a replay tells what a drafter with such needs would draft.
+
+    What the target thinks of nodes that were not taken only decoding tells.
+
+    Args:
+        needs: The drafter's.
+        has_target: Whether the target is there to read the recordings.
+    """
+    return not needs.top_logits and (has_target or not _needs_reading(needs))
+
+
+def _needs_reading(needs: DrafterNeeds) -> bool:
+    return bool(needs.hidden_layers or needs.target_past or needs.shared_layers)
+
+
+def _reader(drafters: Mapping[str, Drafter], target: LanguageModel | None) -> Reader | None:
+    needs = [drafter.needs for drafter in drafters.values()]
+    if target is None or not any(_needs_reading(it) for it in needs):
+        return None
+    layers = sorted({layer for it in needs for layer in it.hidden_layers})
+    return Reader(target, tuple(layers), any(it.target_past for it in needs))
 
 
 def _run(engine: Engine, pairs: Iterable[tuple[Request, Recording]]) -> None:
@@ -183,13 +203,20 @@ def _run(engine: Engine, pairs: Iterable[tuple[Request, Recording]]) -> None:
         unfinished = [pair for pair in unfinished if pair[0].finish_reason is None]
 
 
-def _check(drafters: Mapping[str, Drafter], recordings: Sequence[Recording]) -> None:
+def _check(
+    drafters: Mapping[str, Drafter],
+    recordings: Sequence[Recording],
+    target: LanguageModel | None,
+) -> None:
     for label, drafter in drafters.items():
-        if not is_replayable(drafter.needs):
+        if not is_replayable(drafter.needs, has_target=target is not None):
+            is_readable = is_replayable(drafter.needs, has_target=True)
             raise ConfigError(
                 f"drafter {label!r} drafts from what the target computes ({drafter.needs}), which "
                 "a record of outputs does not hold",
-                hint="measure it live, or replay other drafters",
+                hint="give the target that was recorded"
+                if is_readable
+                else "measure it live, or replay other drafters",
             )
     if not recordings or not all(it.output_ids for it in recordings):
         raise ConfigError(
@@ -219,34 +246,6 @@ class _RecordVerifier(CoupledVerifier):
         is_leaf = not draft.tree.children[path[-1] if path else 0]
         kind = FinalKind.BONUS if is_leaf else FinalKind.RECOVERED
         return Verdict(tuple(path), tuple(rest[: len(path) + 1]), kind)
-
-
-class _SilentPass:
-    """Computes nothing; a column stands for the vocabulary."""
-
-    def forward(
-        self,
-        batch: RaggedBatch,  # noqa: ARG002
-        rows: Sequence[int],
-        hidden_layers: Sequence[int],  # noqa: ARG002
-    ) -> ForwardOutput:
-        return ForwardOutput(logits=torch.zeros(len(rows), 1), hidden={})
-
-    def with_layers(self, layers: LayerSet, *, own_cache: bool) -> PartialPass:  # noqa: ARG002
-        raise UnsupportedModelError(
-            "a replay has no target whose layers could run", hint="measure the drafter live"
-        )
-
-
-def _silent_target(info: ModelInfo) -> LanguageModel:
-    """Return a stand-in for the target that keeps the books of a cache and nothing in it."""
-    info = replace(
-        info,
-        kv_layers=(LayerShape(1, 1, 1),),
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-    )
-    return LanguageModel(info, _SilentPass())
 
 
 __all__ = ["Recording", "Replay", "is_replayable", "replay"]

@@ -41,6 +41,7 @@ class ModelInfo:
     Args:
         name: Path or hub id it was loaded from.
         vocab_size: V, columns of the logits.
+        hidden_size: D, columns of the states between layers.
         num_layers: Attention layers.
         context_limit: Positions that the model can address.
         eos_ids: Token ids that end a sequence.
@@ -55,6 +56,7 @@ class ModelInfo:
 
     name: str
     vocab_size: int
+    hidden_size: int
     num_layers: int
     context_limit: int
     eos_ids: frozenset[int]
@@ -126,6 +128,11 @@ class LanguageModel:
         self.info = info
         self._forward_pass = forward_pass
         self._parts: dict[LayerSet, PartialPass] = {}  # what passes that go on with states run
+
+    @property
+    def forward_pass(self) -> ForwardPass:
+        """How a pass is computed."""
+        return self._forward_pass
 
     def with_layers(self, layers: LayerSet) -> LayerView:
         """Return a view that shares all weights and runs some of the layers.
@@ -235,7 +242,19 @@ class LayerView(LanguageModel):
         raise ValueError(f"views are made from the whole model, not from its view {self.layers}")
 
     def forward(
-        self, batch: RaggedBatch, rows: Sequence[int], *, hidden_layers: Sequence[int] = ()
+        self,
+        batch: RaggedBatch,
+        rows: Sequence[int],
+        *,
+        hidden_layers: Sequence[int] = (),
+        states: Tensor | None = None,
     ) -> ForwardOutput:
-        """Run one pass over all rows of a batch; hidden layers keep the whole model's numbers."""
-        return self._partial_pass.forward(batch, rows, hidden_layers)
+        """Run one pass over all rows of a batch; hidden layers keep the whole model's numbers.
+
+        Args:
+            batch: As for the whole model.
+            rows: Likewise.
+            hidden_layers: Likewise.
+            states: What the first layer that runs takes instead of the embedding, [R, D].
+        """
+        return self._partial_pass.forward(batch, rows, hidden_layers, states)

@@ -103,6 +103,15 @@ class CompiledDecoder:
         view._buffers, view._num_buffered = (), 0
         return view
 
+    def with_head_of(self, other: CompiledDecoder) -> CompiledDecoder:
+        """Return a decoder with the final matrix of another one, of the same width and type."""
+        clone = copy.copy(self)
+        clone._shape = self._shape._replace(vocab=other._shape.vocab)
+        clone._weights = self._weights._replace(head=other._weights.head)
+        clone._bytes = sum(array.nbytes for array in clone._weights)
+        clone._buffers, clone._num_buffered, clone._run_pass = (), 0, None
+        return clone
+
     def forward(
         self,
         batch: RaggedBatch,
@@ -123,7 +132,7 @@ class CompiledDecoder:
             self._plan,
             len(keys) // len(batch.cache.keys),
             batch.packed,
-            self._no_states if states is None else states.contiguous().numpy(),
+            self._no_states if states is None else states.float().contiguous().numpy(),
             np.array(rows, np.int64),
             keys,
             values,

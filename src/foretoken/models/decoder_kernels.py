@@ -41,7 +41,7 @@ def _add_columns(target, stride, source, num_rows, first, last):
 
 
 @jit
-def _project_and_add(
+def project_and_add(
     rows, row_stride, num_rows, w, layer, depth, projected, x, stride, state, counter
 ):  # fmt: skip
     """Add a projection of the rows to the residual stream x, column by column."""
@@ -67,7 +67,7 @@ def _normalize(x, stride, num_rows, hidden, weight, layer, epsilon, out):
 
 
 @jit
-def _attend_heads(
+def attend_heads(
     shape, weights, layout, layer, at_layer, segment, head, qkv, qkv_stride, keys, values, rotary,
     out,
 ):  # fmt: skip
@@ -132,7 +132,7 @@ def _attend_heads(
 
 
 @jit
-def _copy_rows(x, stride, out):
+def copy_rows(x, stride, out):
     """Copy rows without their padding into [R, hidden]."""
     num_rows, size = out.shape
     flat = out.reshape(-1)
@@ -176,7 +176,7 @@ def _add_attention(
     task = threads.claim(state, counter)
     while task < num_segments * shape.kv_heads:
         segment, head = divmod(task, shape.kv_heads)
-        _attend_heads(
+        attend_heads(
             shape, weights, layout, layer, at_layer, segment, head, qkv, qkv_stride, keys, values,
             rotary, mixed,
         )  # fmt: skip
@@ -185,7 +185,7 @@ def _add_attention(
     threads.meet(state, arrivals)
 
     counter += 1
-    _project_and_add(
+    project_and_add(
         mixed, q_size, num_rows, weights.output, layer, kernels.round_up(q_size, 2), projected, x,
         stride, state, counter,
     )  # fmt: skip
@@ -195,7 +195,7 @@ def _add_attention(
 
 
 @jit
-def _add_mlp(
+def add_mlp(
     shape, weights, layer, num_rows, buffers, normed, state, counter, arrivals, num_threads
 ):
     """Add one layer's feed-forward part to the residual stream; return the same."""
@@ -225,7 +225,7 @@ def _add_mlp(
     threads.meet(state, arrivals)
 
     counter += 1
-    _project_and_add(
+    project_and_add(
         activated, inner, num_rows, weights.down, layer, kernels.round_up(shape.intermediate, 2),
         projected, x, stride, state, counter,
     )  # fmt: skip
@@ -295,14 +295,14 @@ def run_pass(
     for layer in range(num_layers):
         counter += 1
         if hidden_index[layer] >= 0 and threads.claim(state, counter) == 0:
-            _copy_rows(x, stride, states[hidden_index[layer]])
+            copy_rows(x, stride, states[hidden_index[layer]])
         if plan[layer, 0] >= 0:
             counter, arrivals = _add_attention(
                 shape, weights, layout, layer, plan[layer, 0] * layer_size, keys, values, rotary,
                 buffers, normed, state, counter, arrivals, num_threads,
             )  # fmt: skip
         if plan[layer, 1]:
-            counter, arrivals = _add_mlp(
+            counter, arrivals = add_mlp(
                 shape, weights, layer, num_rows, buffers, normed, state, counter, arrivals,
                 num_threads,
             )  # fmt: skip
@@ -310,7 +310,7 @@ def run_pass(
     if hidden_index[num_layers] >= 0:  # as in transformers, the last states are normalized
         last = states[hidden_index[num_layers]]
         _normalize(x, stride, num_rows, hidden, weights.final_norm, 0, shape.epsilon, normed)
-        _copy_rows(normed, stride, last)  # by every thread the same
+        copy_rows(normed, stride, last)  # by every thread the same
     num_wanted = len(wanted)
     for i in range(num_wanted):
         at = wanted[i] * stride

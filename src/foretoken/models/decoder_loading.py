@@ -70,6 +70,11 @@ class TensorFiles:
         self.name = str(directory)
         self._file_of = _files(directory)
 
+    @property
+    def names(self) -> Collection[str]:
+        """Names of all tensors."""
+        return self._file_of
+
     def __contains__(self, name: object) -> bool:
         return name in self._file_of
 
@@ -134,7 +139,7 @@ def load_decoder(
         scaling=head_dim**-0.5,
     )
     weights = _read_weights(reader, config, shape)
-    rotary = RotaryTable(*_frequencies(config, head_dim))
+    rotary = RotaryTable(*rotary_frequencies(config, head_dim))
     layers = (LayerShape(kv_heads, head_dim, head_dim),) * config.num_hidden_layers
     return CompiledDecoder(shape, weights, rotary), layers, reader.num_parameters
 
@@ -260,7 +265,7 @@ class _Stacks:
         qkv = np.concatenate([parts[f"self_attn.{x}_proj.weight"] for x in "qkv"])
         self._pack("qkv", layer, qkv)
         self._pack("output", layer, parts["self_attn.o_proj.weight"])
-        gate_up = _alternated(parts["mlp.gate_proj.weight"], parts["mlp.up_proj.weight"])
+        gate_up = alternated(parts["mlp.gate_proj.weight"], parts["mlp.up_proj.weight"])
         self._pack("gate_up", layer, gate_up)
         self._pack("down", layer, parts["mlp.down_proj.weight"])
         self._put("input_norm", layer, parts["input_layernorm.weight"])
@@ -289,13 +294,13 @@ class _Stacks:
         return self._arrays[name]
 
 
-def _alternated(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+def alternated(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
     """Return sixteen rows of one, sixteen of the other, and so on, both filled up with zeros."""
     num_rows = padded(len(gate))
     both = np.zeros((num_rows // LANES, 2, LANES, gate.shape[1]), gate.dtype)
     for index, matrix in enumerate((gate, up)):
         num_full = len(matrix) // LANES
-        both[:num_full, index] = matrix[: num_full * LANES].reshape(num_full, LANES, -1)
+        both[:num_full, index] = matrix[: num_full * LANES].reshape(num_full, LANES, gate.shape[1])
         if len(matrix) % LANES:
             both[num_full, index, : len(matrix) % LANES] = matrix[num_full * LANES :]
     return both.reshape(2 * num_rows, -1)
@@ -315,7 +320,7 @@ def _rotary_dim(config: Any, head_dim: int) -> int:
     return int(head_dim * rope.get("partial_rotary_factor", 1.0))
 
 
-def _frequencies(config: Any, head_dim: int) -> tuple[Tensor, float]:
+def rotary_frequencies(config: Any, head_dim: int) -> tuple[Tensor, float]:
     """Return the rotary frequencies, [rotary_dim / 2], and the factor of cosines and sines."""
     rope = config.rope_parameters or {}
     kind = rope.get("rope_type", "default")

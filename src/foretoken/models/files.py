@@ -30,6 +30,15 @@ def context_limit(config: Any) -> int:
     return int(limit)
 
 
+def eos_ids(*configs: Any) -> frozenset[int]:
+    """Return the ids that end a sequence, as the first configuration says that says any."""
+    for config in configs:
+        eos = getattr(config, "eos_token_id", None)
+        if eos is not None:
+            return frozenset([eos] if isinstance(eos, int) else eos)
+    return frozenset()
+
+
 def unreadable(path: str, error: Exception) -> ModelError:
     """Return the error for a model whose files cannot be used."""
     reason = " ".join(str(error).split())[:300]

@@ -106,6 +106,7 @@ def _compiled(module: PreTrainedModel, name: str) -> LanguageModel:
     info = ModelInfo(
         name=name,
         vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
         num_layers=len(kv_layers),
         context_limit=context_limit(config),
         eos_ids=frozenset(() if eos is None else [eos] if isinstance(eos, int) else eos),

@@ -20,6 +20,7 @@ from foretoken.models.decoder_loading import (
     has_safetensors,
     load_decoder,
 )
+from foretoken.models.draft_vocabulary import DraftVocabulary, ReducedModel
 from foretoken.models.files import SMALL_ON_CPU, context_limit, unreadable
 
 DTYPES = {
@@ -32,6 +33,8 @@ DTYPES = {
 
 def load_model(path: str, *, dtype: str = "auto", device: str = "auto") -> LanguageModel:
     """Load a causal language model, ready to score token trees.
+
+    A draft model with a vocabulary of its own beside its weights speaks the target's tokens.
 
     Args:
         path: A directory written by `save_pretrained`, or a hub id.
@@ -49,6 +52,13 @@ def load_model(path: str, *, dtype: str = "auto", device: str = "auto") -> Langu
         raise ConfigError(
             f"dtype is auto or one of {', '.join(DTYPES)}; got {dtype!r}", hint="change dtype"
         )
+    model = _load(path, dtype, torch_device)
+    vocabulary = DraftVocabulary.load(path)
+    return model if vocabulary is None else ReducedModel(model, vocabulary)
+
+
+def _load(path: str, dtype: str, torch_device: torch.device) -> LanguageModel:
+    """Load a model that speaks the tokens of its own configuration."""
     config = read_plain_config(path) or load_config(path)
     if torch_device.type == "cpu" and is_plain_decoder(config):
         try:
@@ -68,7 +78,7 @@ def load_model(path: str, *, dtype: str = "auto", device: str = "auto") -> Langu
 
 def _load_compiled(path: str, config: Any, wanted: str) -> LanguageModel | None:
     """Load a plain decoder; None if its files or the dtype ask for transformers' modules."""
-    directory = _local_directory(path)
+    directory = local_directory(path)
     dtype = _compiled_dtype(directory, config, wanted)
     if dtype is None:
         return None
@@ -76,6 +86,7 @@ def _load_compiled(path: str, config: Any, wanted: str) -> LanguageModel | None:
     info = ModelInfo(
         name=path,
         vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
         num_layers=len(kv_layers),
         context_limit=context_limit(config),
         eos_ids=_eos_ids(directory, config),
@@ -99,7 +110,7 @@ def _compiled_dtype(directory: Path, config: Any, dtype: str) -> torch.dtype | N
     return config.dtype if config.dtype in COMPILED_DTYPES else None
 
 
-def _local_directory(path: str) -> Path:
+def local_directory(path: str) -> Path:
     """Return where a model's files are, fetched first if it is a hub id."""
     directory = Path(path).expanduser()
     if directory.is_dir():

@@ -44,12 +44,17 @@ class ModulePass:
         self._has_parts = False  # whether parts of layers are known to be separable
         self.kv_layers, self.vocab_size = _probe(module, name)
 
+    @property
+    def module(self) -> PreTrainedModel:
+        """The module that it runs."""
+        return self._module
+
     def with_layers(self, layers: LayerSet, *, own_cache: bool) -> PartialPass:
         """Return what runs some of the layers; arguments and errors as for `ForwardPass`."""
         if not layers.is_whole_layers and not self._has_parts:
             everything = tuple(range(len(self.kv_layers)))
             for parts in (LayerSet(everything, ()), LayerSet((), everything)):
-                ModuleView(self._module, self._name, parts, own_cache=True).check(_Probe())
+                ModuleView(self._module, self._name, parts, own_cache=True).check(ShapeProbe())
             self._has_parts = True
         return ModuleView(self._module, self._name, layers, own_cache=own_cache)
 
@@ -78,7 +83,7 @@ class ModulePass:
         return torch.tensor(rows, dtype=torch.int64, device=self._module.device)
 
 
-class _Probe(AttentionBackend):
+class ShapeProbe(AttentionBackend):
     """Records what each layer asks for; its output is never used."""
 
     def __init__(self) -> None:
@@ -87,6 +92,7 @@ class _Probe(AttentionBackend):
         self.windows: list[int | None] = []
 
     def attend(self, call: AttentionCall) -> Tensor:
+        """Return zeros."""
         self.layers.append(call.layer)
         self.shapes.append(LayerShape(call.key.shape[1], call.key.shape[2], call.value.shape[2]))
         self.windows.append(call.window)
@@ -96,7 +102,7 @@ class _Probe(AttentionBackend):
 @torch.inference_mode()
 def _probe(module: PreTrainedModel, name: str) -> tuple[tuple[LayerShape, ...], int]:
     """Run two rows to see what every layer stores, and that every layer asks for attention."""
-    probe = _Probe()
+    probe = ShapeProbe()
     token_ids = torch.zeros(1, 2, dtype=torch.int64, device=module.device)
     try:
         output = module.eval()(

@@ -99,7 +99,7 @@ class ModuleView:
         """Run one pass; logits and hidden states have the module's dtype."""
         call = _ViewCall(attention_for(batch), self._cache_index, hidden_layers, self._num_layers)
         if states is not None:
-            call.initial = {self._first: states.unsqueeze(0)}
+            call.initial = {self._first: states.to(self._module.dtype).unsqueeze(0)}
         inputs: dict[str, Any] = {
             "input_ids": batch.token_ids.unsqueeze(0),
             "position_ids": batch.positions.unsqueeze(0),

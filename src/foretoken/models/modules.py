@@ -13,7 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from foretoken.errors import ModelError, UnsupportedModelError
 from foretoken.models.adapter import LanguageModel, ModelInfo
 from foretoken.models.attention import DECODER_HINT, IMPLEMENTATION
-from foretoken.models.files import SMALL_ON_CPU, context_limit, unreadable
+from foretoken.models.files import SMALL_ON_CPU, context_limit, eos_ids, unreadable
 from foretoken.models.invariance import check_invariance
 from foretoken.models.module_pass import ModulePass
 from foretoken.models.packing import check_finite, is_packable, pack_module
@@ -65,14 +65,16 @@ def adapt_module(
     check_finite(module, name)
     num_parameters = sum(parameter.numel() for parameter in module.parameters())
     forward_pass = ModulePass(module, name)
+    config: Any = module.config.get_text_config(decoder=True)
     if is_packable(module.device, dtype or module.dtype):
         pack_module(module, dtype)
     info = ModelInfo(
         name=name,
         vocab_size=forward_pass.vocab_size,
+        hidden_size=config.hidden_size,
         num_layers=len(forward_pass.kv_layers),
-        context_limit=context_limit(module.config.get_text_config(decoder=True)),
-        eos_ids=_eos_ids(module),
+        context_limit=context_limit(config),
+        eos_ids=eos_ids(module.generation_config, module.config),
         num_parameters=num_parameters,
         dtype=module.dtype,
         device=module.device,
@@ -142,12 +144,3 @@ def _load_module(path: str, dtype: torch.dtype | None, device: torch.device) -> 
             hint="check that config.json and the weights are of one model, and complete",
         )
     return module
-
-
-def _eos_ids(module: PreTrainedModel) -> frozenset[int]:
-    """Return the ids that end a sequence; the generation config knows more than the model's."""
-    for config in (module.generation_config, module.config):
-        eos = getattr(config, "eos_token_id", None)
-        if eos is not None:
-            return frozenset([eos] if isinstance(eos, int) else eos)
-    return frozenset()

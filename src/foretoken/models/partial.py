@@ -114,7 +114,7 @@ def copy_past(
     if stop <= start:
         return
     slots = cache.stage(sequence, range(-1, stop - start - 1))
-    _copy_slots(
+    copy_slots(
         [(past.cache.keys[layer], past.cache.values[layer]) for layer in layers],
         past.cache.slots(past.sequence, start, stop),
         list(zip(cache.keys, cache.values, strict=True)),
@@ -123,13 +123,20 @@ def copy_past(
     cache.commit([(sequence, range(stop - start))])
 
 
-def _copy_slots(
+def copy_slots(
     sources: Sequence[tuple[Tensor, Tensor]],
     source_slots: np.ndarray,
     targets: Sequence[tuple[Tensor, Tensor]],
     target_slots: np.ndarray,
 ) -> None:
-    """Copy keys and values from slots of some layers to slots of others, in the same order."""
+    """Copy keys and values from slots of some layers to slots of others, in the same order.
+
+    Args:
+        sources: Keys and values of each layer, [slots, H, D].
+        source_slots: Of the positions, [n] int64.
+        targets: As many layers of the same shapes.
+        target_slots: As many slots.
+    """
     device = sources[0][0].device if sources else torch.device("cpu")
     from_slots = torch.from_numpy(source_slots).to(device)
     to_slots = torch.from_numpy(target_slots).to(device)
@@ -191,7 +198,7 @@ class RemainingRows(RaggedBatch):
         for start, known in self._known:
             rows = start + np.array(known.rows, np.int64)
             states[torch.from_numpy(rows).to(states.device)] = known.hidden
-            _copy_slots(
+            copy_slots(
                 [(known.cache.keys[layer], known.cache.values[layer]) for layer in layers],
                 known.slots,
                 [(self.cache.keys[layer], self.cache.values[layer]) for layer in layers],

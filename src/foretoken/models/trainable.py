@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from foretoken.errors import ModelError
-from foretoken.models.files import context_limit, unreadable
+from foretoken.models.draft_vocabulary import DraftVocabulary
+from foretoken.models.files import context_limit, eos_ids, unreadable
 from foretoken.models.loading import load_config, resolve_device
 from foretoken.models.packing import check_finite
 from foretoken.models.tokenizer import TOKENIZER_FILES
@@ -25,12 +26,20 @@ class TrainableModel:
         module: As transformers loads it.
         directory: Where it was loaded from; its tokenizer goes wherever the model is saved.
         dtype: Type of the weights there, and wherever the model is saved.
+        vocabulary: Of a draft model with fewer tokens than its target: what they are.
     """
 
-    def __init__(self, module: nn.Module, directory: Path, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        directory: Path,
+        dtype: torch.dtype,
+        vocabulary: DraftVocabulary | None = None,
+    ) -> None:
         self.module = module
         self.directory = directory
         self.dtype = dtype
+        self.vocabulary = vocabulary
         self.config = module.config
         self.vocab_size = int(self.config.vocab_size)  # type: ignore[arg-type, union-attr]
         self.context_limit = context_limit(self.config)
@@ -41,6 +50,17 @@ class TrainableModel:
         return next(self.module.parameters()).device
 
     @property
+    def embedding(self) -> Tensor:
+        """One row per token, [V, D]."""
+        weight: Tensor = self.module.get_input_embeddings().weight  # type: ignore[operator]
+        return weight
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """Ids that end a sequence."""
+        return eos_ids(getattr(self.module, "generation_config", None), self.config)
+
+    @property
     def num_parameters(self) -> int:
         """Distinct parameters."""
         return sum(weight.numel() for weight in self.module.parameters())
@@ -48,11 +68,40 @@ class TrainableModel:
     def logits(self, token_ids: Tensor) -> Tensor:
         """Return the logits behind every token, [B, T, V], of rows that may be filled at the right.
 
+        With a vocabulary of its own, there is a column for each of its V' tokens.
+
         Args:
-            token_ids: [B, T]; what stands at the right of a row changes nothing at its left.
+            token_ids: [B, T], the target's; what stands at the right of a row changes nothing at
+                its left.
         """
+        if self.vocabulary is not None:
+            token_ids = self.vocabulary.t2d.to(token_ids.device)[token_ids]
         output: Tensor = self.module(input_ids=token_ids, use_cache=False).logits
         return output
+
+
+def last_states(model: TrainableModel, token_ids: Tensor) -> Tensor:
+    """Return what the head turns into logits, [B, T, D].
+
+    Args:
+        model: Of any family.
+        token_ids: [B, T], as for `TrainableModel.logits`.
+    """
+    states: Tensor = model.module.base_model(  # type: ignore[operator]
+        input_ids=token_ids, use_cache=False
+    ).last_hidden_state
+    return states
+
+
+def head_logits(model: TrainableModel, states: Tensor) -> Tensor:
+    """Return the head's product with states, [..., V]; in some families logits are more than that.
+
+    Args:
+        model: Whose head it is.
+        states: [..., D].
+    """
+    logits: Tensor = model.module.get_output_embeddings()(states)  # type: ignore[operator]
+    return logits
 
 
 def load_trainable(path: str | Path, *, device: str = "auto") -> TrainableModel:
@@ -93,7 +142,8 @@ def load_trainable(path: str | Path, *, device: str = "auto") -> TrainableModel:
         )
     check_finite(module, str(path))
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-    return TrainableModel(module.to(torch_device), directory, dtype)
+    vocabulary = DraftVocabulary.load(directory)
+    return TrainableModel(module.to(torch_device), directory, dtype, vocabulary)
 
 
 def save_trainable(model: TrainableModel, folder: Path, card: str) -> None:
@@ -106,6 +156,8 @@ def save_trainable(model: TrainableModel, folder: Path, card: str) -> None:
     """
     saved = copy.deepcopy(model.module).to(dtype=model.dtype)
     saved.save_pretrained(folder)  # type: ignore[operator]
+    if model.vocabulary is not None:
+        model.vocabulary.save(folder)
     for pattern in (*TOKENIZER_FILES, *_OTHER_TOKENIZER_FILES):
         for path in model.directory.glob(pattern):
             target = folder / path.name
@@ -114,4 +166,10 @@ def save_trainable(model: TrainableModel, folder: Path, card: str) -> None:
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-__all__ = ["TrainableModel", "load_trainable", "save_trainable"]
+__all__ = [
+    "TrainableModel",
+    "head_logits",
+    "last_states",
+    "load_trainable",
+    "save_trainable",
+]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -18,21 +16,14 @@ from foretoken.engine.names import resolve_model
 from foretoken.errors import ConfigError, ModelError, VocabularyMismatchError
 from foretoken.models.trainable import load_trainable
 from foretoken.training.boost import Member, PoolConfig, PoolTrainer, check_fit
-from foretoken.training.corpus import (
-    MAX_OPENING_TOKENS,
-    Example,
-    collect,
-    held_out_places,
-    more_prompts,
-    seeded,
-    without_overlap,
-)
+from foretoken.training.corpus import MAX_OPENING_TOKENS
 from foretoken.training.folder import RunFolder, fingerprint, write_json
+from foretoken.training.gather import gather, num_held_out, prompts_fingerprint, shown_name
 from foretoken.training.pools import HeldOut, PoolCounts, PoolMeter, difference, ratio
+from foretoken.training.settings import check_counts, check_folder_name, check_positive, check_seed
 
 REPORT_FILE = "report.json"
 REPORT_FORMAT = 1
-MAX_HELD_OUT = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,16 +63,9 @@ class BoostSettings:
 
     def __post_init__(self) -> None:
         counts = ("pool_size", "num_prompts", "max_new_tokens", "window", "steps", "batch_size")
-        for name in counts:
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} is an integer >= 1; got {value}", hint=_change(name))
-        if self.seed < 0:
-            raise ConfigError(f"seed is an integer >= 0; got {self.seed}", hint=_change("seed"))
-        for name in ("epochs", "learning_rate"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise ConfigError(f"{name} is a number above 0; got {value}", hint=_change(name))
+        check_counts(self, counts)
+        check_positive(self, ("epochs", "learning_rate"))
+        check_seed(self.seed)
         self.sampling()  # checks the temperature
 
     def sampling(self) -> SamplingParams:
@@ -110,21 +94,6 @@ class BoostSettings:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class BoostCorpus:
-    """What pools are trained and measured on.
-
-    Args:
-        examples: For training.
-        held_out: For measuring, with the parameters of each.
-        num_left_out: Texts that were not trained on because they are held out or there twice.
-    """
-
-    examples: list[Example]
-    held_out: HeldOut
-    num_left_out: int
-
-
 def run_boost(
     settings: BoostSettings,
     prompts: Sequence[Prompt],
@@ -150,19 +119,23 @@ def run_boost(
         RequestError: A prompt does not fit the model.
     """
     start = settings.start_directory()
-    num_held_out = _num_held_out(len(prompts))
-    if "," in str(output):
-        raise ConfigError(
-            f"output folder {str(output)!r} has a comma, which separates options of drafters",
-            hint="name another folder",
-        )
+    num_held_out(len(prompts))
+    check_folder_name(output)
     trainable = load_trainable(start, device=device)
     llm = _target(settings, start, device)
     encoded = [tuple(llm.encode(prompt)) for prompt in prompts]
     longest = max(map(len, encoded)) + MAX_OPENING_TOKENS + settings.max_new_tokens
     check_fit(trainable, min(longest, llm.info.context_limit))
     folder = RunFolder(output, _identity(settings, start, encoded))
-    corpus = _corpus(settings, llm, encoded, num_held_out, folder, on_progress)
+    corpus = gather(
+        llm,
+        encoded,
+        settings.sampling(),
+        output,
+        num_prompts=settings.num_prompts,
+        seed=settings.seed,
+        on_progress=on_progress,
+    )
     del llm, trainable  # what is trained and measured is loaded anew
 
     config = PoolConfig(
@@ -179,64 +152,26 @@ def run_boost(
         config,
         start,
         folder,
-        target=_shown(settings.model),
+        target=shown_name(settings.model),
         device=device,
         on_progress=on_progress,
     )
     boosted = trainer.boosted()
     control = trainer.control(boosted) if settings.has_control else []
-    meter = PoolMeter(settings.model, corpus.held_out, {"device": device}, on_progress)
+    held_out = HeldOut(corpus.held_out, corpus.held_out_params, settings.window)
+    meter = PoolMeter(settings.model, held_out, {"device": device}, on_progress)
     report = {
         "what": "foretoken train boost",
         "format": REPORT_FORMAT,
         **(provenance or {}),
         "settings": _shown_settings(settings, config, start),
-        "corpus": _described(corpus),
+        "corpus": corpus.described(),
         "members": [member.record for member in boosted],
         "control_members": [member.record for member in control],
         "held_out": _measured(meter, start, boosted, control),
     }
     write_json(output / REPORT_FILE, report)
     return report
-
-
-def _corpus(
-    settings: BoostSettings,
-    llm: LLM,
-    encoded: Sequence[tuple[int, ...]],
-    num_held_out: int,
-    folder: RunFolder,
-    on_progress: OnProgress,
-) -> BoostCorpus:
-    """Let the target continue all prompts, held-out ones first."""
-    places = held_out_places(len(encoded), num_held_out)
-    given = [prompt for place, prompt in enumerate(encoded) if place not in places]
-    prompts = more_prompts(
-        llm,
-        given,
-        settings.num_prompts,
-        settings.seed,
-        folder.path / "prompts.jsonl",
-        on_progress,
-    )
-    prompts = [*(encoded[place] for place in places), *prompts]
-    params = seeded(settings.sampling(), settings.seed, len(prompts))
-    texts = collect(
-        llm,
-        prompts,
-        params,
-        folder.path / "corpus.jsonl",
-        stage="collecting outputs",
-        on_progress=on_progress,
-    )
-    held_out = HeldOut(texts[:num_held_out], params[:num_held_out], settings.window)
-    examples, num_left_out = without_overlap(texts[num_held_out:], held_out.examples)
-    if not examples:
-        raise ConfigError(
-            "no text is left to train on: all are the same as held-out ones",
-            hint="give more prompts, or raise --num-prompts",
-        )
-    return BoostCorpus(examples, held_out, num_left_out)
 
 
 def _target(settings: BoostSettings, start: Path, device: str) -> LLM:
@@ -258,24 +193,14 @@ def _identity(
     settings: BoostSettings, start: Path, prompts: Sequence[tuple[int, ...]]
 ) -> dict[str, Any]:
     """Return all that the results depend on; a run with another one is another run."""
-    digest = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16]
     return {
         **asdict(settings),
-        "model": _shown(settings.model),
+        "model": shown_name(settings.model),
         "start": start.name,
         "model_fingerprint": fingerprint(resolve_model(settings.model)),
         "start_fingerprint": fingerprint(str(start)),
-        "prompts_fingerprint": digest,
+        "prompts_fingerprint": prompts_fingerprint(prompts),
     }
-
-
-def _num_held_out(num_prompts: int) -> int:
-    if num_prompts < 2:
-        raise ConfigError(
-            f"there are {num_prompts} prompts; training and measuring need one each",
-            hint="give more prompts with --prompts FILE",
-        )
-    return min(MAX_HELD_OUT, num_prompts // 2)
 
 
 def _measured(
@@ -309,33 +234,13 @@ def _differences(one: PoolCounts, other: PoolCounts) -> dict[str, Any]:
     return {name: difference(getattr(one, name), getattr(other, name)) for name in one.shares()}
 
 
-def _described(corpus: BoostCorpus) -> dict[str, int]:
-    held_out = corpus.held_out.examples
-    return {
-        "num_texts": len(corpus.examples),
-        "num_tokens": sum(len(text.output_ids) for text in corpus.examples),
-        "num_left_out": corpus.num_left_out,
-        "num_held_out_texts": len(held_out),
-        "num_held_out_tokens": sum(len(text.output_ids) for text in held_out),
-    }
-
-
 def _shown_settings(settings: BoostSettings, config: PoolConfig, start: Path) -> dict[str, Any]:
     return {
         **asdict(settings),
-        "model": _shown(settings.model),
+        "model": shown_name(settings.model),
         "start": start.name,
         "steps": config.num_steps,
     }
-
-
-def _shown(model: str) -> str:
-    """Return a model's name without the folders of this machine."""
-    return Path(model).name if Path(model).expanduser().is_dir() else model
-
-
-def _change(name: str) -> str:
-    return f"change --{name.replace('_', '-')}"
 
 
 __all__ = ["BoostSettings", "run_boost"]

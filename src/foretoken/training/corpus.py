@@ -14,6 +14,7 @@ from foretoken.core.params import SamplingParams
 from foretoken.core.progress import OnProgress, Progress, silent
 from foretoken.engine.llm import LLM
 from foretoken.errors import ConfigError
+from foretoken.training.storage import writing
 
 _SEED_STRIDE = 1_000_003
 # How far, and how freely, the target goes on with a prompt that becomes a new one. The further and
@@ -64,7 +65,8 @@ def collect(
         on_progress: Told about every finished prompt.
 
     Raises:
-        ConfigError: A line of the file is broken, or is not of these prompts.
+        ConfigError: A line of the file is broken or is not of these prompts, or the file cannot
+            be written; finished lines stay.
         RequestError: A prompt does not fit the model.
     """
     found = read_corpus(path, prompts, llm.info.vocab_size)
@@ -72,7 +74,7 @@ def collect(
     num_found = len(found)
     on_progress(Progress(stage=stage, done=num_found, total=len(prompts), is_resumed=num_found > 0))
     if missing:
-        with path.open("a", encoding="utf-8") as file:
+        with writing(path.name), path.open("a", encoding="utf-8") as file:
             outputs = llm.generate_iter(
                 [list(prompts[index]) for index in missing], [params[index] for index in missing]
             )

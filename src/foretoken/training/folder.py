@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from foretoken.errors import ConfigError
-from foretoken.training.loop import write_atomically
+from foretoken.training.storage import write_atomically, writing
 
 SETTINGS_FILE = "settings.json"
 _EDGE_BYTES = 2**20
@@ -55,14 +55,22 @@ class RunFolder:
         Args:
             name: Of the folder, below this one.
             write: Fills the empty folder that it is given.
+
+        Raises:
+            ConfigError: The system refused to write; nothing is left of it.
         """
         final = self.path / name
         partial = final.with_name(final.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        write(partial)
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
+        with writing(name):
+            try:
+                partial.mkdir(parents=True)
+                write(partial)
+                shutil.rmtree(final, ignore_errors=True)
+                partial.rename(final)
+            except BaseException:
+                shutil.rmtree(partial, ignore_errors=True)
+                raise
         return final
 
     def _check_settings(self, file: Path, settings: Mapping[str, Any]) -> None:

@@ -3,13 +3,15 @@
 The batch of a step is a function of the step's number, so the position in the data is that number
 and needs no state of its own. A checkpoint holds the rest: weights, optimizer, step, random state,
 losses. Training that is cut off and resumed ends with the weights of training that is not.
+
+What cannot go on stops before it spoils anything: a loss, gradients or weights that are no finite
+numbers, and a disk without room, leave the last good checkpoint as it is.
 """
 
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,11 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from foretoken.errors import ConfigError
+from foretoken.training.precision import PRECISIONS, accelerated
+from foretoken.training.storage import write_atomically
 
 BatchT = TypeVar("BatchT")
 
 CHECKPOINT_FORMAT = 1
 _EPOCH_STRIDE = 1_000_003  # keeps the shuffles of neighbouring seeds apart
+_STRETCH = 16  # batches that are sorted by length among themselves
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +44,8 @@ class LoopConfig:
         max_grad_norm: Longer gradients are shortened to it.
         num_checkpoint_steps: Steps between checkpoints.
         seed: Of everything random in the modules, such as dropout.
+        precision: "float32", "bfloat16" (weights and their updates stay in float32), or "auto":
+            bfloat16 on GPUs that compute with it.
     """
 
     num_steps: int
@@ -48,6 +55,7 @@ class LoopConfig:
     max_grad_norm: float = 1.0
     num_checkpoint_steps: int = 50
     seed: int = 0
+    precision: str = "float32"
 
     def __post_init__(self) -> None:
         for name in ("num_steps", "num_checkpoint_steps"):
@@ -61,6 +69,12 @@ class LoopConfig:
                 raise ConfigError(
                     f"{name} is a number above 0; got {value!r}", hint=f"change {name}"
                 )
+        if self.precision not in PRECISIONS:
+            raise ConfigError(
+                f"precision is {', '.join(PRECISIONS[:-1])} or {PRECISIONS[-1]}; "
+                f"got {self.precision!r}",
+                hint="change precision",
+            )
 
     def rate(self, step: int) -> float:
         """Return the learning rate of a step, the first one being 0."""
@@ -92,9 +106,37 @@ class ShuffledBatches:
     def indices(self, step: int) -> list[int]:
         """Return the items of a step's batch."""
         epoch, place = divmod(step, self.num_per_epoch)
-        generator = torch.Generator().manual_seed(self.seed * _EPOCH_STRIDE + epoch)
-        order = torch.randperm(self.num_items, generator=generator)
-        return order[place * self.batch_size : (place + 1) * self.batch_size].tolist()
+        order = _shuffled(self.num_items, self.seed, epoch)
+        return order[place * self.batch_size : (place + 1) * self.batch_size]
+
+
+@dataclass(frozen=True, slots=True)
+class BucketedBatches:
+    """The same for items of different lengths: a batch holds items of about one length.
+
+    An epoch's shuffle is cut into stretches of some batches; a stretch is sorted by length, and
+    the batches of all stretches are shuffled. Less is padding, and which items meet still changes.
+
+    Args:
+        lengths: Of the items, at least one.
+        batch_size: Items of a batch; the last one of a stretch may have fewer.
+        seed: Of the shuffles.
+    """
+
+    lengths: Sequence[int]
+    batch_size: int
+    seed: int
+
+    def indices(self, step: int) -> list[int]:
+        """Return the items of a step's batch."""
+        epoch, place = divmod(step, math.ceil(len(self.lengths) / self.batch_size))
+        order = _shuffled(len(self.lengths), self.seed, epoch)
+        stretches = [
+            sorted(stretch, key=self.lengths.__getitem__)
+            for stretch in _cut(order, _STRETCH * self.batch_size)
+        ]
+        batches = [batch for stretch in stretches for batch in _cut(stretch, self.batch_size)]
+        return batches[_shuffled(len(batches), self.seed + 1, epoch)[place]]
 
 
 def train(
@@ -120,57 +162,63 @@ def train(
         on_step: Called after every step with the number of finished steps and the loss.
 
     Raises:
-        ConfigError: The checkpoint is of other settings or cannot be read, or the loss is not
-            finite.
+        ConfigError: The checkpoint is of other settings, or cannot be read or written; or loss,
+            gradients or weights are no longer finite; or accelerate is not installed.
     """
     parameters = [weight for weight in module.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(
-        [
-            {
-                "params": [weight for weight in parameters if weight.dim() >= 2],
-                "weight_decay": config.weight_decay,
-            },
-            {"params": [weight for weight in parameters if weight.dim() < 2], "weight_decay": 0.0},
-        ],
-        lr=config.learning_rate,
-        betas=(0.9, 0.95),
-    )
-    with _own_randomness(_device(module)):
+    optimizer = _optimizer(parameters, config)
+    device = _device(module)
+    with _own_randomness(device), accelerated(device, config.precision) as accelerator:
         torch.manual_seed(config.seed)
         losses: list[float] = []
         if checkpoint is not None and checkpoint.exists():
             losses = _restore(checkpoint, module, optimizer, config)
+        kept = len(losses)
         module.train()
         for step in range(len(losses), config.num_steps):
             for group in optimizer.param_groups:
                 group["lr"] = config.rate(step)
-            loss = loss_of(batch_at(step))
-            losses.append(_finite(loss.item(), step))
-            loss.backward()
-            nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+            batch = batch_at(step)
+            with accelerator.autocast():
+                loss = loss_of(batch)
+            value = loss.item()
+            _check_finite(math.isfinite(value), f"the loss of step {step + 1} is {value}", kept)
+            accelerator.backward(loss)
+            norm = nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+            is_finite = bool(norm.isfinite())
+            _check_finite(is_finite, f"the gradients of step {step + 1} are not finite", kept)
             optimizer.step()
+            losses.append(value)
             optimizer.zero_grad(set_to_none=True)
             num_done = step + 1
             is_due = num_done % config.num_checkpoint_steps == 0 or num_done == config.num_steps
             if checkpoint is not None and is_due:
+                is_finite = all(bool(weight.isfinite().all()) for weight in parameters)
+                _check_finite(is_finite, f"the weights after step {num_done} are not finite", kept)
                 _save(checkpoint, module, optimizer, config, losses)
+                kept = num_done
             on_step(num_done, losses[-1])
     module.eval()
     return losses
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file so that whoever reads it, even after a crash, finds the old or the new one.
+def _shuffled(num_items: int, seed: int, epoch: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed * _EPOCH_STRIDE + epoch)
+    return torch.randperm(num_items, generator=generator).tolist()
 
-    Args:
-        path: The file.
-        write: Writes to the path that it is given.
-    """
-    partial = path.with_name(path.name + ".partial")
-    write(partial)
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    partial.replace(path)
+
+def _cut(items: list[int], size: int) -> list[list[int]]:
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def _optimizer(parameters: Sequence[Tensor], config: LoopConfig) -> torch.optim.AdamW:
+    decayed = [weight for weight in parameters if weight.dim() >= 2]
+    others = [weight for weight in parameters if weight.dim() < 2]
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95))
 
 
 def _own_randomness(device: torch.device) -> AbstractContextManager[None]:
@@ -183,13 +231,13 @@ def _device(module: nn.Module) -> torch.device:
     return next(module.parameters()).device
 
 
-def _finite(loss: float, step: int) -> float:
-    if not math.isfinite(loss):
+def _check_finite(is_finite: bool, what: str, num_kept: int) -> None:
+    """Stop a training that went wrong; `num_kept` steps are in the checkpoint, 0 without one."""
+    if not is_finite:
+        kept = f"; the checkpoint of step {num_kept} is kept" if num_kept else ""
         raise ConfigError(
-            f"the loss of step {step + 1} is {loss}; it must be a finite number",
-            hint="lower the learning rate",
+            f"{what}, and training cannot go on{kept}", hint="lower the learning rate"
         )
-    return loss
 
 
 def _save(
@@ -209,7 +257,12 @@ def _save(
         "device_random": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
         "losses": losses,
     }
-    write_atomically(path, lambda partial: torch.save(state, partial))
+    write_atomically(path, lambda partial: _write(state, partial))
+
+
+def _write(state: dict[str, Any], path: Path) -> None:
+    with path.open("wb") as file:  # given a path, torch would not say why it cannot write
+        torch.save(state, file)
 
 
 def _restore(
@@ -246,4 +299,4 @@ def _restore(
     )
 
 
-__all__ = ["LoopConfig", "ShuffledBatches", "train", "write_atomically"]
+__all__ = ["BucketedBatches", "LoopConfig", "ShuffledBatches", "train", "write_atomically"]

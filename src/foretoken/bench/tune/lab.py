@@ -185,9 +185,10 @@ class Lab:
             yield [model for model in models if model is not self.target]
 
     def can_replay(self, setup: Setup) -> bool:
-        """Return whether its drafters need nothing of the target but its output."""
+        """Return whether a record of outputs, read by the target, tells what it would draft."""
         with self._engine(setup) as engine:
-            return all(is_replayable(drafter.needs) for drafter in engine.drafters.values())
+            needs = [drafter.needs for drafter in engine.drafters.values()]
+            return all(is_replayable(it, has_target=True) for it in needs)
 
     def replay(
         self,
@@ -196,7 +197,7 @@ class Lab:
         *,
         on_turn: Callable[[str], None] = lambda _: None,
     ) -> list[Run]:
-        """Return what some ways to decode would do for recordings, without the target.
+        """Return what some ways to decode would do for recordings, without decoding them.
 
         They take turns as in `run`, so that their times can be compared with each other.
         """
@@ -212,6 +213,7 @@ class Lab:
                             engine.drafters,
                             unit,
                             max_nodes=setup.plan.node_limit,
+                            target=self.target,
                             decode=self.tokenizer.decode if self.tokenizer else None,
                             compile_grammar=self._compile,
                             config=self._config,

@@ -1,0 +1,1 @@
+"""Draft models made to measure: their shape is designed, then they are made and trained."""
