@@ -60,6 +60,8 @@ def resumed(progress: Progress) -> str:
     """Return what to say of work that was found."""
     if progress.done == 0:
         return f"resuming: {progress.stage} goes on from its checkpoint"
+    if progress.total == 1:
+        return f"resuming: {progress.stage} is done"
     return f"resuming: {progress.stage}, {progress.done} of {progress.total} are there"
 
 

@@ -1,34 +1,33 @@
-"""`foretoken train`: draft models made for a target."""
+"""`foretoken train`: draft models made for a target; here its pools of them, `train boost`."""
 
 from __future__ import annotations
 
-import sys
-import time
-import warnings
-from collections.abc import Mapping
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from foretoken.cli import options
-from foretoken.cli.errors import at
-from foretoken.cli.generate import EXIT_INTERRUPTED
-from foretoken.cli.progress import progress_bar, resumed
-from foretoken.cli.prompts import read_jobs
 from foretoken.cli.terminal import loading, note
+from foretoken.cli.train_draft import EXAMPLES as DRAFT_EXAMPLES
+from foretoken.cli.train_draft import draft
+from foretoken.cli.train_head import EXAMPLES as HEAD_EXAMPLES
+from foretoken.cli.train_head import head
 from foretoken.cli.train_report import show_report
-from foretoken.core.params import SamplingParams
-from foretoken.core.progress import Progress
-from foretoken.errors import ConfigError
-
-if TYPE_CHECKING:
-    from foretoken.training.boost_run import BoostSettings
-
-DATA_PANEL = "What the target says"
-TRAINING_PANEL = "Training"
-LINE_INTERVAL_S = 20.0  # between progress lines where there is no terminal
+from foretoken.cli.training import (
+    BatchSize,
+    MaxNewTokens,
+    NumPrompts,
+    OutputFolder,
+    PromptsFile,
+    Seed,
+    Temperature,
+    prepare,
+    read_prompts,
+    resumable,
+    training_option,
+    training_progress,
+)
 
 EXAMPLES = """
 [bold]Examples[/]
@@ -57,61 +56,18 @@ def _train(context: typer.Context) -> None:
         typer.echo(context.get_help())
 
 
-def _data(name: str, metavar: str, help_text: str, **more: Any) -> Any:
-    return options._option(name, metavar, help_text, DATA_PANEL, **more)
-
-
-def _training(name: str, metavar: str, help_text: str, **more: Any) -> Any:
-    return options._option(name, metavar, help_text, TRAINING_PANEL, **more)
-
-
 Start = Annotated[
     Path | None,
     options._model(
         "--start", "DIR", "Small model that every draft model starts from (stories: its draft)."
     ),
 ]
-PromptsFile = Annotated[
-    str | None,
-    _data(
-        "--prompts",
-        "FILE",
-        ".txt, .jsonl or - for standard input (default: openings of stories, included).",
-    ),
-]
-NumPrompts = Annotated[
-    int,
-    _data(
-        "--num-prompts",
-        "N",
-        "To train on; the target writes what the file lacks (default 2048).",
-        parser=options._integer,
-    ),
-]
-MaxNewTokens = Annotated[
-    int,
-    _data(
-        "--max-new-tokens",
-        "N",
-        "Most tokens of each output (default 128).",
-        parser=options._integer,
-    ),
-]
-Temperature = Annotated[
-    float,
-    _data(
-        "--temperature",
-        "T",
-        "Of the outputs; 0 (default): greedy.",
-        parser=options._number,
-    ),
-]
 PoolSize = Annotated[
-    int, _training("--pool-size", "N", "Draft models (default 3).", parser=options._integer)
+    int, training_option("--pool-size", "N", "Draft models (default 3).", parser=options._integer)
 ]
 Window = Annotated[
     int,
-    _training(
+    training_option(
         "--window",
         "N",
         "Tokens that a model must get right for them to be dropped (default 4).",
@@ -120,7 +76,7 @@ Window = Annotated[
 ]
 Epochs = Annotated[
     float,
-    _training(
+    training_option(
         "--epochs",
         "X",
         "Rounds of the first model over all texts; the others get as many steps (default 2).",
@@ -129,25 +85,18 @@ Epochs = Annotated[
 ]
 Steps = Annotated[
     int | None,
-    _training(
+    training_option(
         "--steps", "N", "Steps of each model, in place of --epochs.", parser=options._integer
     ),
 ]
-BatchSize = Annotated[
-    int, _training("--batch-size", "N", "Texts per step (default 16).", parser=options._integer)
-]
 LearningRate = Annotated[
     float,
-    _training("--learning-rate", "X", "The highest (default 0.0005).", parser=options._number),
+    training_option(
+        "--learning-rate", "X", "The highest (default 0.0005).", parser=options._number
+    ),
 ]
 NoControl = Annotated[
-    bool, _training("--no-control", "", "Do not also train a pool without dropping.")
-]
-Seed = Annotated[
-    int, _training("--seed", "N", "Of everything random (default 0).", parser=options._integer)
-]
-OutputFolder = Annotated[
-    Path, options._files("--output", "DIR", "New folder, or one of this command to be resumed.")
+    bool, training_option("--no-control", "", "Do not also train a pool without dropping.")
 ]
 
 
@@ -177,12 +126,10 @@ def boost(
     The folder gets draft-1, draft-2, ..., and report.json. Run the same command again to go on
     with what was interrupted.
     """
-    if not debug:
-        warnings.simplefilter("ignore")
-    texts = _read_prompts(prompts)
-    try:
+    texts = read_prompts(prompts)
+    with resumable(is_quiet=not debug):
         with loading(model):
-            from foretoken.training.boost_run import BoostSettings
+            from foretoken.training.boost_run import BoostSettings, run_boost
 
             settings = BoostSettings(
                 model=model,
@@ -199,94 +146,21 @@ def boost(
                 has_control=not no_control,
                 seed=seed,
             )
-            provenance = _prepare(device, threads, is_quiet=not debug)
-        report = _run(settings, texts, output, device, provenance)
-    except KeyboardInterrupt:
-        note("interrupted: what is finished is kept; the same command goes on from there")
-        raise typer.Exit(EXIT_INTERRUPTED) from None
+            provenance = prepare(device, threads, is_quiet=not debug)
+        with training_progress() as on_progress:
+            report = run_boost(
+                settings,
+                texts,
+                output,
+                device=device,
+                on_progress=on_progress,
+                provenance=provenance,
+            )
     show_report(report)
     note(f"written: {output / 'report.json'}")
 
 
-def _read_prompts(file: str | None) -> list[str | list[int]]:
-    """Return the prompts of a file, or the openings that come with the package."""
-    if file is None:
-        from foretoken.assets import EMBEDDED
-
-        openings = EMBEDDED["stories"].target.parent / "openings.txt"
-        return list(openings.read_text(encoding="utf-8").splitlines())
-    jobs = read_jobs([], file, {})
-    for job in jobs:
-        if job.params != SamplingParams():
-            error = ConfigError(
-                "a prompt with sampling parameters of its own",
-                hint="leave them out; --temperature and --max-new-tokens hold for all prompts",
-            )
-            raise at(job.place, error)
-    return [job.prompt for job in jobs]
-
-
-def _prepare(device: str, threads: int | None, *, is_quiet: bool) -> dict[str, Any]:
-    """Set this process up and return what the report says of it."""
-    import torch
-
-    from foretoken.bench.machine import environment
-    from foretoken.bench.record import portable_command
-    from foretoken.cli.terminal import explain_compilation
-    from foretoken.models.loading import resolve_device
-    from foretoken.models.quiet import silence_libraries
-
-    if threads is not None and threads < 1:
-        raise ConfigError(f"threads is an integer >= 1; got {threads}", hint="change --threads")
-    resolve_device(device)
-    explain_compilation()
-    if is_quiet:
-        silence_libraries()
-    if threads is not None:
-        torch.set_num_threads(threads)
-    return {
-        "command": portable_command(sys.argv),
-        "at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "environment": environment(torch.get_num_threads()),
-    }
-
-
-def _run(
-    settings: BoostSettings,
-    prompts: list[str | list[int]],
-    output: Path,
-    device: str,
-    provenance: Mapping[str, Any],
-) -> dict[str, Any]:
-    from foretoken.training.boost_run import run_boost
-
-    with progress_bar(_Lines(), shows_remaining=True) as on_progress:
-        return run_boost(
-            settings,
-            prompts,
-            output,
-            device=device,
-            on_progress=on_progress,
-            provenance=provenance,
-        )
-
-
-class _Lines:
-    """Prints a line for what was found, for every finished stage, and now and then."""
-
-    def __init__(self) -> None:
-        self._last_s = time.monotonic()
-
-    def __call__(self, progress: Progress) -> None:
-        if progress.is_resumed:
-            note(resumed(progress))
-            return
-        now_s = time.monotonic()
-        is_due = now_s - self._last_s >= LINE_INTERVAL_S
-        if progress.done and (progress.done == progress.total or is_due):
-            self._last_s = now_s
-            detail = f", {progress.detail}" if progress.detail else ""
-            note(f"{progress.stage}: {progress.done} of {progress.total}{detail}")
-
+app.command(epilog=DRAFT_EXAMPLES, no_args_is_help=False)(draft)
+app.command(epilog=HEAD_EXAMPLES, no_args_is_help=False)(head)
 
 __all__ = ["app", "boost"]

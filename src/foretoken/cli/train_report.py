@@ -1,26 +1,29 @@
-"""The report of a training run as a table."""
+"""The reports of training runs as tables."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from foretoken.cli.terminal import is_terminal
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
 
 PIPE_WIDTH = 120  # where no terminal has a width
 
 
 def show_report(report: Mapping[str, Any]) -> None:
-    """Print what a person wants of a report.
+    """Print what a person wants of the report of a pool.
 
     Args:
         report: As `run_boost` returns it.
     """
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(width=None if is_terminal(sys.stdout) else PIPE_WIDTH, highlight=False)
+    console = _console()
     corpus, settings, held_out = report["corpus"], report["settings"], report["held_out"]
     console.print(
         f"[bold]{settings['model']}[/], draft models from {settings['start']}; trained on "
@@ -59,6 +62,96 @@ def show_report(report: Mapping[str, Any]) -> None:
             console.print(f"  {name.replace('_', ' ')} {_gain(name, gain)}", markup=False)
 
 
+def show_draft_report(report: Mapping[str, Any]) -> None:
+    """Print what a person wants of the report of a draft model.
+
+    Args:
+        report: As `run_draft` returns it.
+    """
+    console = _console()
+    settings, collected, distilled = report["settings"], report["collect"], report["distil"]
+    begun = "cut from the target" if settings["method"] == "prune" else "begun from scratch"
+    before, after = distilled["held_out"]["before"], distilled["held_out"]["after"]
+    console.print(
+        f"[bold]{settings['model']}[/]: a draft model of "
+        f"{report['initialise']['num_parameters']:,} parameters, {begun}\n"
+        f"shape          {report['design']['shape']} [dim]({report['design']['chosen_by']})[/]\n"
+        f"distilled on   {collected['num_texts']:,} outputs ({collected['num_tokens']:,} tokens), "
+        f"{distilled['num_steps']:,} steps of {distilled['batch_size']}, {settings['loss']} "
+        f"{distilled['first_loss']:.3f} → {distilled['last_loss']:.3f}\n"
+        f"first choices  {before['agreement']:.1%} → {after['agreement']:.1%} are the target's\n"
+        f"overlap        {before['overlap']:.1%} → {after['overlap']:.1%} of the target's "
+        f"probability\n"
+    )
+    console.print(_served(report))
+    console.print(_verdict(report))
+    took = ", ".join(f"{name} {_duration(s)}" for name, s in report["seconds"].items() if s >= 1)
+    console.print(f"[dim]{_duration(sum(report['seconds'].values()))} in all: {took}[/]")
+
+
+def _served(report: Mapping[str, Any]) -> Table:
+    from rich.table import Table
+
+    collected = report["collect"]
+    table = Table(
+        box=None,
+        pad_edge=False,
+        title=f"served one at a time, {collected['num_held_out_texts']} other prompts "
+        f"({collected['num_held_out_tokens']:,} tokens)",
+        title_justify="left",
+        title_style="",
+    )
+    table.add_column("drafter", no_wrap=True)
+    for column in ("tokens/step", "tokens/s"):
+        table.add_column("forecast", justify="right", style="dim")
+        table.add_column(column, justify="right")
+    table.add_column("times plain decoding \\[95 %]", justify="right")
+    for name, served in report["verify"].items():
+        forecast = report["forecast"][name]
+        table.add_row(
+            f"[bold]{name}[/]" if name == "draft" else name,
+            f"{forecast['tokens_per_step']['value']:.2f}",
+            f"{served['tokens_per_step']:.2f}",
+            f"{forecast['tokens_per_s']['value']:,.0f}",
+            f"{served['tokens_per_s']:,.0f}",
+            _speedup(served.get("speedup")),
+        )
+    return table
+
+
+def _verdict(report: Mapping[str, Any]) -> str:
+    served = report["verify"]["draft"]
+    same = (
+        "[green]verified[/]: the same tokens as plain decoding"
+        if not served["num_different"]
+        else f"[yellow]{served['num_different']} outputs differ from plain decoding's[/], as "
+        "arithmetic that depends on the batch may make them"
+    )
+    low, high = served["speedup"]["interval_95"]
+    if high < 1:
+        return f"\n{same}; [yellow]on this machine it is slower than no draft at all[/]"
+    if low < 1:
+        return f"\n{same}; [yellow]whether it is faster than no draft is not certain[/]"
+    return f"\n{same}, {served['speedup']['value']:.2f} times as fast"
+
+
+def _speedup(speedup: Mapping[str, Any] | None) -> str:
+    if speedup is None:
+        return ""
+    low, high = speedup["interval_95"]
+    return f"{speedup['value']:.2f} \\[{low:.2f}, {high:.2f}]"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(width=None if is_terminal(sys.stdout) else PIPE_WIDTH, highlight=False)
+
+
 def _cells(
     ours: Mapping[str, float], control: Mapping[str, float] | None, *, has_control: bool
 ) -> list[str]:
@@ -85,4 +178,4 @@ def _named(other: str) -> str:
     return "a pool trained without dropping" if other == "control" else other
 
 
-__all__ = ["show_report"]
+__all__ = ["show_draft_report", "show_report"]
