@@ -49,12 +49,13 @@ class SimulatedDrafter:
     def propose(self, name, request_id, budget, rng):
         length = min(self.max_depth, budget.max_nodes, budget.max_depth)
         chance = self.acceptance(request_id) if callable(self.acceptance) else self.acceptance
-        # A chain stops where another level does not pay, as growers do.
+        # A chain stops where another level does not pay, as growers do; the first one is not
+        # asked.
         reached, tokens = 1.0, []
         for _ in range(length):
-            reached *= 2.718281828**self.claimed
-            if self.level_ms and reached < budget.min_gain:
+            if self.level_ms and tokens and reached < budget.min_gain:
                 break
+            reached *= 2.718281828**self.claimed
             tokens.append(RIGHT if rng.random() < chance else sum(name.encode()))
         self.num_proposed += 1
         tree = TokenTree.chain([RIGHT, *tokens])
@@ -110,6 +111,37 @@ class Machine:
         for _ in range(num_steps):
             self._step(planner, shares)
         return self.num_tokens / self.ms
+
+    def run_texts(self, planner, acceptance, *, num_requests=1, num_tokens=128, max_nodes=16):
+        """Decode texts one after the other, several requests at a time.
+
+        Args:
+            planner: Decides.
+            acceptance: For each text, by drafter, how often a guess is right.
+            num_requests: That have each text, and begin together.
+            num_tokens: Of each request.
+
+        Returns:
+            Tokens per millisecond of each text.
+        """
+        rates = []
+        budget = DraftBudget(max_nodes=max_nodes, max_depth=max_nodes)
+        self.ms_of = dict.fromkeys(self.drafters, 0.0)
+        for text, chances in enumerate(acceptance):
+            for label, chance in chances.items():
+                self.drafters[label].acceptance = chance
+            self.ms, self.num_tokens = 0.0, 0
+            left = [
+                SimulatedShare(f"{text}.{index}", tuple(self.drafters), budget, num_keys=0)
+                for index in range(num_requests)
+            ]
+            while left:
+                self._step(planner, left)
+                for share in [share for share in left if share.num_keys >= num_tokens]:
+                    left.remove(share)
+                    planner.forget(share.request_id)
+            rates.append(self.num_tokens / self.ms)
+        return rates
 
     def run_fixed(self, labels, size, **how):
         """Decode with some drafters in every step, at one size."""
@@ -171,4 +203,7 @@ class FixedSize:
         return drafts
 
     def observe(self, shares, scored, verdicts, times):
+        pass
+
+    def forget(self, request_id):
         pass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from time import perf_counter
 
 import numpy as np
@@ -12,40 +12,30 @@ from numpy.typing import NDArray
 from foretoken.core.draft import Draft, DraftBudget, source_names
 from foretoken.core.verdict import Verdict
 from foretoken.planner.base import Order, Planner, Share, StepTimes
-from foretoken.planner.choices import PLAIN, Choice, ids_of, keep_best, share_out
+from foretoken.planner.choices import (
+    PLAIN,
+    Choice,
+    PlannedStep,
+    ids_of,
+    keep_best,
+    share_out,
+    ways_of,
+    who_drafts,
+)
 from foretoken.planner.cost import CostModel
 from foretoken.planner.drafting import Drafting
 from foretoken.planner.experience import Experience
 from foretoken.planner.gains import Arm, list_arms
+from foretoken.planner.holding import Holding
 from foretoken.planner.outlook import Formula, Outlook
-from foretoken.planner.pacing import Pace, Probes
+from foretoken.planner.pacing import Pace, Probes, Trials
 
 _ADVANTAGE = 1.02  # how much better a way has to be than the present one to replace it
 _BEYOND_EVERY = 8  # planned steps, after as many at first, in which drafts are larger than planned
-_TRIAL_EVERY = 3  # planned steps, of which one decodes by another way if that is nearly as good
 _TRIAL_STEPS = 5  # of a trial
 _LARGEST_LOSS = 0.4  # of its time that such a step may be expected to waste
 _LEAST_LOSS = 0.01  # of it that it is taken to waste at least
 _PROBE_SIZES = (4, 1, 2)  # nodes of drafts that are only tried, in turn, to tell levels' cost
-
-
-@dataclass(slots=True)
-class _Step:
-    """What a planned step keeps until it is over.
-
-    Args:
-        at_work: Drafters that drafted in the step before, with the request that they did it for.
-        orders: Who drafts.
-        probs: Of each proposed draft, the probability that each node is reached.
-        draft_ms: What drafting was expected to take.
-        own_s: What planning took so far.
-    """
-
-    at_work: set[tuple[str, str]]
-    orders: list[Order] = field(default_factory=list)
-    probs: list[list[float]] = field(default_factory=list)
-    draft_ms: float = 0.0
-    own_s: float = 0.0
 
 
 class AdaptivePlanner(Planner):
@@ -91,7 +81,8 @@ class AdaptivePlanner(Planner):
         self._formula = Formula(self._arms, labels)
         self._experience = Experience(self._arms, (*labels, *always), max_nodes, first_guess)
         self._drafting = Drafting(cost)
-        self._pace, self._probes = Pace(), Probes(labels)
+        self._pace, self._probes, self._trials = Pace(), Probes(labels), Trials(len(labels))
+        self._holding = Holding(always)
         # The plan that holds: a way to draft and its size, and what it is for each request.
         self._choice = PLAIN
         self._choices: dict[str, Choice] = {}
@@ -101,10 +92,10 @@ class AdaptivePlanner(Planner):
         self._rate = 0.0  # tokens per millisecond that it promises
         self._num_decoding = 0
         self._has_always = False
-        self._num_plans = self._num_probes = self._since_trial = 0
+        self._num_plans = self._num_probes = 0
         self._probe: str | None = None
         self._is_probe_wasted = False  # it had to read what it had missed first
-        self._step: _Step | None = None  # if this one is planned
+        self._step: PlannedStep | None = None  # if this one is planned
         self._proposed: Sequence[Draft] = ()  # in this one, before anything was cut away
 
     # -- before drafting ---------------------------------------------------------------------
@@ -115,8 +106,11 @@ class AdaptivePlanner(Planner):
         self._step = None
         if decoding and self._pace.begins_plan(len(decoding)):
             start_s = self._clock()
-            self._step = _Step(self._at_work())
+            wasted = (self._probe,) if self._is_probe_wasted and self._probe is not None else ()
+            self._step = PlannedStep(who_drafts(self._choices, wasted))
             self._num_plans += 1
+            for share in decoding:
+                self._learn_count(share.request_id)
             self._plan(decoding, self._step)
             self._orders.clear()
             self._has_always = any(self._always.intersection(it.drafters) for it in decoding)
@@ -147,7 +141,7 @@ class AdaptivePlanner(Planner):
                 order[label] = replace(
                     budget,
                     max_nodes=min(size, budget.max_nodes),
-                    min_gain=self._level_gain(label),
+                    min_gain=0.0 if self._is_trial else self._level_gain(label),
                 )
         if self._step is not None and self._probe is not None and self._probe in share.drafters:
             size = _PROBE_SIZES[self._num_probes % len(_PROBE_SIZES)]
@@ -165,15 +159,16 @@ class AdaptivePlanner(Planner):
         gain = self._rate * self._drafting.level_ms(label, count) / count
         return gain * self._experience.boast(label)
 
-    def _plan(self, decoding: Sequence[Share], step: _Step) -> None:
+    def _plan(self, decoding: Sequence[Share], step: PlannedStep) -> None:
         """Choose the way to draft, and its size for each request."""
         self._num_decoding = count = len(decoding)
         # As if no prompts were read beside: the plan holds for the steps after this one, too.
         step_ms = self._step_ms(decoding, count, count * self._max_nodes)  # [1 + B * N]
         plain_rate = count / float(step_ms[0])
+        self._holding.begin(plain_rate)
         prices = self._drafting.prices(self._labels, count, float(step_ms[0]))
         gains = self._experience.gains(decoding)  # [B, A, N]
-        able = self._able(decoding)  # [B, A]
+        able = ways_of(decoding, self._arms)  # [B, A]
         outlook = self._formula.outlook(gains, able, prices, step_ms)
         self._choice, self._choices = PLAIN, dict.fromkeys(ids_of(decoding), PLAIN)
         best, self._rate = self._best_arm(outlook.rates, plain_rate)
@@ -204,36 +199,26 @@ class AdaptivePlanner(Planner):
         able: NDArray[np.bool_],
         plain_rate: float,
     ) -> None:
-        """Decode by the second best way now and then for a few steps, if it may be the best.
+        """Decode by another way now and then for a few steps, if it may be the best.
 
         What the plan never does is never timed, and may have become cheaper than it was. A few
         steps, because the first ones find the processor's caches full of something else.
         """
         self._present, self._is_trial = self._choice[0], False
-        self._since_trial += 1
-        every = 2 if self._num_plans <= _BEYOND_EVERY else _TRIAL_EVERY
-        is_due = self._since_trial >= every and self._probe is None
+        is_plain = self._choice is PLAIN
+        is_due = self._trials.is_due(is_plain=is_plain) and self._probe is None
         if not is_due or not self._probes.has_credit:
             return
-        self._since_trial = 0
-        best = int(outlook.rates.argmax())
-        best_rate = float(outlook.rates[best])
-        loss = 1.0 - min(best_rate, plain_rate) / max(best_rate, plain_rate)
-        if loss > _LARGEST_LOSS:
+        present = None if is_plain else self._arms.index(self._present)
+        tried = self._trials.pick(int(outlook.rates.argmax()), present)
+        rate = plain_rate if tried is None else float(outlook.rates[tried])
+        if rate < (1.0 - _LARGEST_LOSS) * self._rate:
             return
         self._is_trial = True
-        if self._choice is PLAIN:
-            self._choose_arm(decoding, best, int(outlook.sizes[best]), gains, able)
-        else:
+        if tried is None:
             self._choice, self._choices = PLAIN, dict.fromkeys(ids_of(decoding), PLAIN)
-
-    def _able(self, decoding: Sequence[Share]) -> NDArray[np.bool_]:
-        """Return which requests may have all drafters of which way, [B, A]."""
-        able = {
-            drafters: [all(label in drafters for label in arm) for arm in self._arms]
-            for drafters in {tuple(share.drafters) for share in decoding}
-        }
-        return np.array([able[tuple(share.drafters)] for share in decoding])
+        else:
+            self._choose_arm(decoding, tried, int(outlook.sizes[tried]), gains, able)
 
     def _best_arm(self, rates: NDArray[np.float64], plain_rate: float) -> tuple[int | None, float]:
         """Return the way to draft and its rate; the present one stays unless another is better.
@@ -282,7 +267,7 @@ class AdaptivePlanner(Planner):
             return draft
         return draft.keep(draft.tree.top_nodes(self._experience.path_probs(share, draft), size))
 
-    def _best_nodes(self, shares: Sequence[Share], step: _Step) -> list[Draft]:
+    def _best_nodes(self, shares: Sequence[Share], step: PlannedStep) -> list[Draft]:
         """Return the drafts with the n likeliest nodes of all of them, for the best n."""
         scouts = [draft.scout_paths() for draft in self._proposed]
         num_scouts = sum(len(kept) - 1 for kept in scouts if kept)
@@ -309,13 +294,13 @@ class AdaptivePlanner(Planner):
         if self._is_trial:
             self._probes.pay(max(_LEAST_LOSS * times.total_s, self._loss_s(verdicts, times)))
         if step is None:
-            if self._pace.is_settled and not has_prompts:
-                self._learn_costs(shares, scored, times, 0.0)
-                orders = [self._usual_order(share) for share in shares] if times.draft_s else []
-                self._learn_drafting(shares, orders, self._proposed, times, None)
+            if not has_prompts:
+                self._learn_held(shares, scored, verdicts, times)
             return
         start_s = self._clock()
-        self._learn_guesses(step, shares, verdicts)
+        self._experience.learn_all(shares, step.orders, self._proposed, step.probs, verdicts)
+        if self._is_trial and times.draft_s and not has_prompts:  # nothing was cut away
+            self._holding.count(shares, scored, verdicts, times.total_s)
         self._learn_drafting(shares, step.orders, self._proposed, times, step.at_work)
         if self._pace.is_settled and not has_prompts:
             self._learn_costs(shares, scored, times, step.own_s)
@@ -328,27 +313,36 @@ class AdaptivePlanner(Planner):
 
     def _loss_s(self, verdicts: Sequence[Verdict | None], times: StepTimes) -> float:
         """Return how much longer a step took for its tokens than by the way that is preferred."""
-        num_tokens = sum(len(verdict.token_ids) for verdict in verdicts if verdict is not None)
+        num_tokens = sum(len(verdict.token_ids) for verdict in verdicts if verdict)
         return times.total_s - num_tokens / self._rate / 1000.0
 
-    def _learn_guesses(
-        self, step: _Step, shares: Sequence[Share], verdicts: Sequence[Verdict | None]
+    def _learn_held(
+        self,
+        shares: Sequence[Share],
+        scored: Sequence[Draft],
+        verdicts: Sequence[Verdict | None],
+        times: StepTimes,
     ) -> None:
-        for share, order, draft, probs, verdict in zip(
-            shares, step.orders, self._proposed, step.probs, verdicts, strict=True
-        ):
-            if verdict is not None and order:
-                period = self._pace.period
-                self._experience.learn(share, order, draft, probs, verdict, period)
+        """Learn from a step that was not planned: tokens are counted, some steps looked at."""
+        if self._pace.is_settled:
+            self._learn_costs(shares, scored, times, 0.0)
+        if not times.draft_s:
+            return
+        self._holding.count(shares, scored, verdicts, times.total_s)
+        if self._holding.is_wanting:
+            self._pace.hurry()
+        orders = [self._usual_order(share) for share in shares]
+        if self._pace.is_settled:
+            self._learn_drafting(shares, orders, self._proposed, times, None)
+        if self._pace.is_settled or self._is_trial:
+            self._experience.judge_all(shares, orders, self._proposed, verdicts)
 
-    def _at_work(self) -> set[tuple[str, str]]:
-        """Return who drafts for whom by the plan that held until now."""
-        trial = (self._probe,) if self._is_probe_wasted and self._probe is not None else ()
-        return {
-            (label, request_id)
-            for request_id, (arm, _) in self._choices.items()
-            for label in (*arm, *trial)
-        }
+    def _learn_count(self, request_id: str) -> None:
+        """Learn what came of the plan that held until now for a request."""
+        arm, size = self._choices.get(request_id, PLAIN)
+        num_steps, num_taken = self._holding.take(request_id)
+        if size and num_steps:
+            self._experience.learn_count(request_id, arm, size, num_steps, num_taken)
 
     def _learn_costs(
         self, shares: Sequence[Share], scored: Sequence[Draft], times: StepTimes, own_s: float
@@ -393,7 +387,10 @@ class AdaptivePlanner(Planner):
         return bounded
 
     def forget(self, request_id: str) -> None:
-        """Forget a request that has ended."""
+        """Forget a request that has ended; what comes next may be another text."""
+        self._learn_count(request_id)
+        self._trials.begin_text()
+        self._pace.hurry()
         self._experience.forget(request_id)
         self._choices.pop(request_id, None)
         self._orders.pop(request_id, None)

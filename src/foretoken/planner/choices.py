@@ -2,17 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from foretoken.core.draft import Draft
-from foretoken.planner.base import Share
+from foretoken.planner.base import Order, Share
 from foretoken.planner.gains import Arm
 
 Choice = tuple[Arm, int]
 PLAIN: Choice = ((), 0)
+
+
+@dataclass(slots=True)
+class PlannedStep:
+    """What a planned step keeps until it is over.
+
+    Args:
+        at_work: Drafters that drafted in the step before, with the request that they did it for.
+        orders: Who drafts.
+        probs: Of each proposed draft, the probability that each node is reached.
+        draft_ms: What drafting was expected to take.
+        own_s: What planning took so far.
+    """
+
+    at_work: set[tuple[str, str]]
+    orders: list[Order] = field(default_factory=list)
+    probs: list[list[float]] = field(default_factory=list)
+    draft_ms: float = 0.0
+    own_s: float = 0.0
+
+
+def ways_of(decoding: Sequence[Share], arms: Sequence[Arm]) -> NDArray[np.bool_]:
+    """Return which requests may have all drafters of which way, [B, A]."""
+    able = {
+        drafters: [all(label in drafters for label in arm) for arm in arms]
+        for drafters in {tuple(share.drafters) for share in decoding}
+    }
+    return np.array([able[tuple(share.drafters)] for share in decoding])
+
+
+def who_drafts(choices: Mapping[str, Choice], beside: Sequence[str]) -> set[tuple[str, str]]:
+    """Return who drafts by a plan, with the request that it is for.
+
+    Args:
+        choices: By request id.
+        beside: Drafters that draft for everybody.
+    """
+    return {
+        (label, request_id) for request_id, (arm, _) in choices.items() for label in (*arm, *beside)
+    }
 
 
 def share_out(
@@ -75,4 +116,13 @@ def ids_of(shares: Sequence[Share]) -> list[str]:
     return [share.request_id for share in shares]
 
 
-__all__ = ["PLAIN", "Choice", "ids_of", "keep_best", "share_out"]
+__all__ = [
+    "PLAIN",
+    "Choice",
+    "PlannedStep",
+    "ids_of",
+    "keep_best",
+    "share_out",
+    "ways_of",
+    "who_drafts",
+]

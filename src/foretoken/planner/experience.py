@@ -104,7 +104,6 @@ class Experience:
         draft: Draft,
         probs: Sequence[float],
         verdict: Verdict,
-        num_steps: int = 1,
     ) -> None:
         """Learn from one draft of one request.
 
@@ -114,20 +113,8 @@ class Experience:
             draft: What they proposed together, nothing cut away.
             probs: What `path_probs` said of it.
             verdict: What the target said.
-            num_steps: Steps that this one stands for, because there will be as many until the
-                next from which something is learned.
         """
-        for label in order:
-            self._acceptance[label].fade()
-        for node, depth, rank, is_taken in judged_nodes(draft, verdict.token_ids):
-            logprob = draft.draft_logprobs[node]
-            for label in source_names(draft.source[node]):
-                acceptance = self._acceptance[label]
-                luck = self._luck.get((share.request_id, label))
-                if luck is None:
-                    luck = self._luck[share.request_id, label] = _Luck()
-                luck.learn(acceptance.estimate(depth, rank, logprob), is_taken)
-                acceptance.learn(depth, rank, logprob, is_taken)
+        self.judge(share, order, draft, verdict)
         sources = [source_names(name) for name in draft.source]
         self._learn_boasts(sources, draft, probs)
         # Nodes of drafters made of others carry the inner names; they are of who gives no own.
@@ -145,9 +132,67 @@ class Experience:
                 ]
                 worth = np.sort(own)[::-1]
                 num_asked = max(order[label].max_nodes for label in arm)
-                self._gains.learn(
-                    _request(share), index, worth, min(num_asked, self._max_nodes), num_steps
-                )
+                self._gains.learn(_request(share), index, worth, min(num_asked, self._max_nodes))
+
+    def learn_all(
+        self,
+        shares: Sequence[Share],
+        orders: Sequence[Order],
+        drafts: Sequence[Draft],
+        probs: Sequence[Sequence[float]],
+        verdicts: Sequence[Verdict | None],
+    ) -> None:
+        """Learn from the drafts of a step; arguments as for `learn`, of all requests."""
+        for share, order, draft, own, verdict in zip(
+            shares, orders, drafts, probs, verdicts, strict=True
+        ):
+            if verdict is not None and order:
+                self.learn(share, order, draft, own, verdict)
+
+    def judge(self, share: Share, order: Order, draft: Draft, verdict: Verdict) -> None:
+        """Learn which guesses of a draft were right; arguments as for `learn`."""
+        for label in order:
+            self._acceptance[label].fade()
+        for node, depth, rank, is_taken in judged_nodes(draft, verdict.token_ids):
+            logprob = draft.draft_logprobs[node]
+            for label in source_names(draft.source[node]):
+                acceptance = self._acceptance[label]
+                luck = self._luck.get((share.request_id, label))
+                if luck is None:
+                    luck = self._luck[share.request_id, label] = _Luck()
+                luck.learn(acceptance.estimate(depth, rank, logprob), is_taken)
+                acceptance.learn(depth, rank, logprob, is_taken)
+
+    def judge_all(
+        self,
+        shares: Sequence[Share],
+        orders: Sequence[Order],
+        drafts: Sequence[Draft],
+        verdicts: Sequence[Verdict | None],
+    ) -> None:
+        """Learn which guesses of a step were right; arguments as for `learn`, of all requests."""
+        for share, order, draft, verdict in zip(shares, orders, drafts, verdicts, strict=True):
+            if verdict is not None and order:
+                self.judge(share, order, draft, verdict)
+
+    def learn_count(
+        self, request_id: str, arm: Arm, size: int, num_steps: int, num_taken: int
+    ) -> None:
+        """Learn how many tokens the drafts of some steps gave a request.
+
+        Args:
+            request_id: Whose they were.
+            arm: How they were drafted.
+            size: Most nodes of each, at least one.
+            num_steps: As many drafts.
+            num_taken: Draft tokens that were taken.
+        """
+        size = min(size, self._max_nodes)
+        factor = self._gains.learn_count(
+            request_id, self._arms.index(arm), size, num_steps, num_taken
+        )
+        for label in arm:  # guesses that are worth more than they were thought boast less
+            self._boast[label] -= math.log(factor)
 
     def _learn_boasts(
         self, sources: Sequence[Sequence[str]], draft: Draft, probs: Sequence[float]

@@ -12,7 +12,14 @@ MOST_PAIRED = 4  # drafters up to which every two of them are a way of their own
 
 _RATE_OF_REQUEST = 0.15  # weight of the newest draft of a request ...
 _RATE_OF_ALL = 0.03  # ... and of the newest draft of anybody
-_LARGEST_RATE = 0.2  # however many steps a draft stands for
+# Of steps whose tokens were only counted: the weight of each for the request, unless it is one of
+# its first, and for anybody; and the most that those of one plan count for anybody.
+_RATE_OF_COUNT = 0.06
+_RATE_OF_COUNT_FOR_ALL = 0.03
+_MOST_OF_COUNTS = 0.25
+_PRIOR_STEPS = 6.0  # counted steps that what was known of others before is worth
+_PRIOR_TOKENS = 0.5  # tokens that were taken as expected, beside those that were counted
+_LARGEST_CHANGE = 4.0  # of what drafts are worth, by the counts of one plan
 _PRIOR_DRAFTS = 2.0  # drafts that what was known before is worth, when there are none yet
 _NUM_CLASSES = 5  # of temperature: guesses come true less often where more is left to chance
 
@@ -65,6 +72,7 @@ class Gains:
         self._all_counts = np.zeros((_NUM_CLASSES, len(self.arms)))
         self._of_request = np.zeros((0, len(self.arms), max_nodes))
         self._counts = np.zeros((0, len(self.arms)))
+        self._num_counted = np.zeros((0, len(self.arms)))  # steps of a request
         self._rows: dict[str, tuple[int, int]] = {}
         self._free: list[int] = []
 
@@ -88,7 +96,6 @@ class Gains:
         arm: int,
         probs: NDArray[np.float64],
         num_asked: int,
-        num_steps: int = 1,
     ) -> None:
         """Learn what one draft of a request was worth.
 
@@ -97,7 +104,6 @@ class Gains:
             arm: Index of the way it was drafted.
             probs: Probability that each of its nodes is reached, the largest first.
             num_asked: Nodes that it could have had; at most N.
-            num_steps: Steps that this draft stands for.
         """
         row, kind = self._row(*request)
         probs = probs[:num_asked]
@@ -106,12 +112,47 @@ class Gains:
             (self._of_all, self._all_counts, kind, _RATE_OF_ALL),
         ):
             counts[at, arm] += 1
-            rate = max(
-                min(_LARGEST_RATE, least * num_steps), 1.0 / (counts[at, arm] + _PRIOR_DRAFTS)
-            )
+            rate = max(least, 1.0 / (counts[at, arm] + _PRIOR_DRAFTS))
             asked = gains[at, arm, :num_asked]
             asked *= 1.0 - rate
             asked[: len(probs)] += rate * probs
+
+    def learn_count(
+        self, request_id: str, arm: int, num_asked: int, num_steps: int, num_taken: int
+    ) -> float:
+        """Learn how many tokens the drafts of some steps gave, of which nothing else is known.
+
+        What such drafts are worth is scaled by what came over what was expected.
+
+        Args:
+            request_id: Whose they were; one that is known.
+            arm: Index of the way they were drafted.
+            num_asked: Nodes that each could have had, 1 to N.
+            num_steps: As many drafts, at least one.
+            num_taken: Draft tokens that were taken.
+
+        Returns:
+            The factor for the request.
+        """
+        row, kind = self._rows[request_id]
+        self._num_counted[row, arm] += num_steps
+        first = num_steps / (self._num_counted[row, arm] + _PRIOR_STEPS)
+        usual = 1.0 - (1.0 - _RATE_OF_COUNT) ** num_steps
+        for_all = min(_MOST_OF_COUNTS, 1.0 - (1.0 - _RATE_OF_COUNT_FOR_ALL) ** num_steps)
+        self._scale(self._of_all[kind, arm], for_all, num_asked, num_steps, num_taken)
+        own = self._of_request[row, arm]
+        return self._scale(own, max(first, usual), num_asked, num_steps, num_taken)
+
+    @staticmethod
+    def _scale(
+        gains: NDArray[np.float64], rate: float, num_asked: int, num_steps: int, num_taken: int
+    ) -> float:
+        """Scale gains in place by counted tokens, with a weight; return by how much."""
+        expected = num_steps * float(gains[:num_asked].sum())
+        ratio = (num_taken + _PRIOR_TOKENS) / (expected + _PRIOR_TOKENS)
+        factor = min(_LARGEST_CHANGE, 1.0 + rate * (ratio - 1.0))
+        np.minimum(gains * factor, 1.0, out=gains)
+        return factor
 
     def forget(self, request_id: str) -> None:
         """Forget a request; what was learned from it for others stays."""
@@ -128,10 +169,12 @@ class Gains:
                 self._free = list(range(num_rows, num_rows + more))
                 self._of_request = _longer(self._of_request, more)
                 self._counts = _longer(self._counts, more)
+                self._num_counted = _longer(self._num_counted, more)
             row = self._free.pop()
             if not self._all_counts[kind].any():
                 self._adopt(kind)
             self._of_request[row] = self._of_all[kind]
+            self._num_counted[row] = 0.0
             # What others have shown counts as much as a few drafts of its own.
             self._counts[row] = np.minimum(self._all_counts[kind], _PRIOR_DRAFTS)
             found = self._rows[request_id] = (row, kind)

@@ -12,6 +12,7 @@ _FIRST_PLANS = 8  # are made step by step, however short steps are
 _MOST_STEPS = 64  # from one plan to the next
 _UNSETTLED_STEPS = 2  # after a plan and the first step by it
 _LEARNED_EVERY = 8  # steps between plans
+_TRIAL_EVERY = 3  # plans, of which one is replaced by another way if that is nearly as good
 _RATE = 0.1  # weight of the newest plan's price
 _OUTLIER = 4.0  # times what is usual; more counts as no more than that
 _FIRST_CREDIT = 4.0  # steps whose time may be spent on probing at once
@@ -90,6 +91,51 @@ class Pace:
         self._steps_left = 0
 
 
+class Trials:
+    """Says when to decode by another way than the best one for a few steps, and by which.
+
+    Args:
+        num_drafters: Each alone is a way, the first ones of all.
+    """
+
+    def __init__(self, num_drafters: int) -> None:
+        self._num_drafters = num_drafters
+        self._num_plans = self._num_since = self._num_trials = 0
+        self._is_new_text = True
+
+    def begin_text(self) -> None:
+        """Note that requests have begun, of which what is known need not hold."""
+        self._is_new_text = True
+
+    def is_due(self, *, is_plain: bool) -> bool:
+        """Return whether it is time; to be asked once per plan.
+
+        Args:
+            is_plain: Whether the plan is to decode plainly, which tells nothing about drafts.
+        """
+        self._num_plans += 1
+        self._num_since += 1
+        is_first = self._num_plans <= _FIRST_PLANS
+        every = 2 if is_first else 1 if is_plain and self._is_new_text else _TRIAL_EVERY
+        self._is_new_text = False
+        return self._num_since >= every
+
+    def pick(self, best: int, present: int | None) -> int | None:
+        """Return the way that is tried, None for plain decoding: every drafter has its turn.
+
+        Args:
+            best: The way to draft that is best by what is known.
+            present: The way that is used; None is plain decoding, beside which every second trial
+                is of the best way. Beside others it is of plain decoding.
+        """
+        self._num_since = 0
+        self._num_trials += 1
+        others = [way for way in range(self._num_drafters) if way != present]
+        if self._num_trials % 2 and others:
+            return others[self._num_trials // 2 % len(others)]
+        return best if present is None else None
+
+
 class Probes:
     """Says which drafter to try beside those that the plan has, as far as the time allows.
 
@@ -145,4 +191,4 @@ class Probes:
         self._credit_s = (self._credit_s or 0.0) - seconds
 
 
-__all__ = ["PLANNING_S", "PLANNING_SHARE", "PROBING_SHARE", "Pace", "Probes"]
+__all__ = ["PLANNING_S", "PLANNING_SHARE", "PROBING_SHARE", "Pace", "Probes", "Trials"]

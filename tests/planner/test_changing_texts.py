@@ -1,0 +1,182 @@
+"""Texts that change: what was learned of one kind does not stand in the way of the next."""
+
+import math
+from dataclasses import replace
+from statistics import harmonic_mean
+
+import pytest
+
+from foretoken.core.draft import Draft
+from foretoken.core.tree import TokenTree
+from foretoken.core.verdict import FinalKind, Verdict
+from foretoken.planner.gains import Gains
+from foretoken.planner.holding import Holding
+from foretoken.planner.pacing import Trials
+from tests.planner.simulation import FixedSize, SimulatedShare
+from tests.planner.test_adaptive import LARGE, SMALL, machine
+
+HARD = {"model": 0.05, "copy": 0.02}
+EASY = {"model": 0.7, "copy": 0.2}
+MERGED = "forced+model"
+CURVES = {"small": SMALL, "large": LARGE}
+
+
+def speeds(name, texts, num_requests):
+    """Return the mean speed of an adaptive planner over all but the first texts of each kind.
+
+    Returns:
+        Over plain decoding, and over the best fixed way, for each kind in turn.
+    """
+    curve = CURVES[name]
+
+    def rates(planner, seed):
+        return machine(curve, seed=seed).run_texts(planner, texts, num_requests=num_requests)
+
+    found = []
+    for seed in range(2):
+        simulated = machine(curve, seed=seed)
+        adaptive = simulated.run_texts(simulated.planner(), texts, num_requests=num_requests)
+        plain = rates(FixedSize([], 0), seed)
+        best = [
+            max(each)
+            for each in zip(
+                plain, *(rates(FixedSize(["model"], size), seed) for size in (1, 2, 4)), strict=True
+            )
+        ]
+        for part in (slice(3, 8), slice(11, 16)):
+            own = harmonic_mean(adaptive[part])
+            found.append((own / harmonic_mean(plain[part]), own / harmonic_mean(best[part])))
+    middle = [[found[place], found[place + 2]] for place in (0, 1)]
+    return [[sum(each) / 2 for each in zip(*pair, strict=True)] for pair in middle]
+
+
+@pytest.mark.parametrize(("name", "num_requests"), [("small", 1), ("small", 4), ("large", 4)])
+def test_drafts_that_become_good_are_found(name, num_requests):
+    """Before tokens were counted while a plan holds, 0.75, 0.88 and 0.66 of the best."""
+    _, (over_plain, over_best) = speeds(name, [HARD] * 8 + [EASY] * 8, num_requests)
+    assert over_plain > 0.97
+    assert over_best > 0.9
+
+
+@pytest.mark.parametrize(("name", "num_requests"), [("small", 1), ("small", 4), ("large", 4)])
+def test_drafts_that_become_bad_are_left_out(name, num_requests):
+    """Before, 0.87 of plain decoding for one request of the small model."""
+    (good, _), (over_plain, _) = speeds(name, [EASY] * 8 + [HARD] * 8, num_requests)
+    assert good > 1.0
+    assert over_plain > 0.94
+
+
+# -- the parts ---------------------------------------------------------------------------------
+
+
+def gains_of(*, first=0.5, num_requests=1):
+    gains = Gains([("model",), ("copy",)], 4, {"model": first, "copy": 0.1})
+    gains.of([(f"r{index}", 0) for index in range(num_requests)])
+    return gains
+
+
+def test_counts_scale_what_drafts_are_worth():
+    gains = gains_of()
+    before = gains.of([("r0", 0)])[0]
+    factor = gains.learn_count("r0", 0, 2, num_steps=1000, num_taken=375)
+    after = gains.of([("r0", 0)])[0]
+    assert after[0, :2].sum() == pytest.approx(0.375, rel=0.02)  # they were 0.5 + 0.25
+    assert after[0] == pytest.approx(before[0] * factor)
+    assert (after[1] == before[1]).all()
+
+
+def test_counts_as_expected_change_nothing():
+    gains = gains_of()
+    before = gains.of([("r0", 0)])
+    assert gains.learn_count("r0", 0, 2, num_steps=4, num_taken=3) == pytest.approx(1.0)
+    assert gains.of([("r0", 0)]) == pytest.approx(before)
+
+
+def test_few_counts_say_little_and_none_is_worth_more_than_a_token():
+    gains = gains_of()
+    assert 1.0 < gains.learn_count("r0", 0, 1, num_steps=1, num_taken=1) < 1.2
+    for _ in range(100):
+        gains.learn_count("r0", 0, 4, num_steps=64, num_taken=256)
+    assert gains.of([("r0", 0)])[0, 0] == pytest.approx([1.0] * 4)
+
+
+def test_a_new_request_begins_with_what_others_counted():
+    gains = gains_of()
+    for _ in range(12):
+        gains.learn_count("r0", 0, 1, num_steps=20, num_taken=0)
+    assert gains.of([("r1", 0)])[0, 0, 0] < 0.1
+
+
+def verdict(path, final=7):
+    return Verdict(tuple(path), (*([1] * len(path)), final), FinalKind.RECOVERED)
+
+
+def test_holding_counts_tokens_of_the_plan_alone():
+    """What a grammar forces would have been drafted in any case."""
+    holding = Holding(["forced"])
+    holding.begin(1.0)
+    share = SimulatedShare("r", ("model",), None)
+    tree = TokenTree.chain([0, 1, 1, 1])
+    draft = replace(Draft.from_drafter("model", tree), source=("", "forced", "model", MERGED))
+    holding.count([share], [draft], [verdict([1, 2, 3])], 0.001)
+    holding.count([share], [draft], [None], 0.001)
+    assert holding.take("r") == (1, 2)
+    assert holding.take("r") == (0, 0)
+    assert holding.take("unknown") == (0, 0)
+
+
+@pytest.mark.parametrize(("tokens_per_step", "is_wanting"), [(1, True), (2, False)])
+def test_a_plan_under_plain_decoding_is_wanting_after_some_steps(tokens_per_step, is_wanting):
+    holding = Holding([])
+    holding.begin(1.5)  # tokens per millisecond
+    share = SimulatedShare("r", ("model",), None)
+    draft = Draft.from_drafter("model", TokenTree.chain([0, 1, 1]))
+    found = []
+    for _ in range(8):
+        holding.count([share], [draft], [verdict([1] * (tokens_per_step - 1))], 0.001)
+        found.append(holding.is_wanting)
+    assert found == [False] * 5 + [is_wanting] * 3
+
+
+def dues(trials, num_plans, *, is_plain):
+    return [trials.is_due(is_plain=is_plain) for _ in range(num_plans)]
+
+
+def test_a_new_text_is_tried_at_once_where_nothing_is_drafted():
+    trials = Trials(2)
+    for _ in range(20):
+        if trials.is_due(is_plain=True):
+            trials.pick(0, None)
+    assert dues(trials, 1, is_plain=True) == [False]
+    trials.begin_text()
+    assert dues(trials, 1, is_plain=True) == [True]
+    trials.pick(0, None)
+    trials.begin_text()
+    assert dues(trials, 1, is_plain=False) == [False]  # its drafts are counted anyway
+
+
+def test_every_drafter_has_its_turn_beside_plain_decoding():
+    trials = Trials(3)
+    picked = [trials.pick(7, None) for _ in range(8)]
+    assert set(picked) == {0, 1, 2, 7}
+    assert picked.count(7) == 4
+
+
+def test_what_is_used_is_not_tried_and_plain_decoding_is():
+    trials = Trials(3)
+    picked = [trials.pick(1, 1) for _ in range(8)]
+    assert set(picked) == {0, 2, None}
+    assert picked.count(None) == 4
+    assert {Trials(1).pick(0, 0) for _ in range(4)} == {None}
+
+
+def test_guesses_that_are_worth_more_boast_less():
+    """A drafter that is thought to boast stops early; counted tokens put it right."""
+    simulated = machine(SMALL)
+    planner = simulated.planner()
+    simulated.run_texts(planner, [HARD] * 4)
+    before = planner._experience.boast("model")
+    simulated.run_texts(planner, [EASY] * 8)
+    assert before > 2.0
+    assert planner._experience.boast("model") < before / 2
+    assert math.isfinite(planner._experience.boast("model"))
