@@ -189,10 +189,14 @@ def test_a_way_that_does_not_pay_is_not_taken_for_the_steps_after_a_prompt_was_r
     budget = DraftBudget(max_nodes=16, max_depth=16)
     shares = [SimulatedShare(f"r{index}", ("model", "copy"), budget) for index in range(4)]
     prompt = SimulatedShare("new", ("model", "copy"), None, num_rows=128)
+    num_plans = 0
     for beside in ([], [prompt]) * 10:
         planner.order(shares[:2])  # another number of requests, so that the next step is planned
         planner.order([*shares, *beside])
-        assert planner.order(shares) == [{}] * 4
+        if not planner._is_trial:
+            num_plans += 1
+            assert planner.order(shares) == [{}] * 4
+    assert num_plans >= 10
 
 
 def test_a_curve_that_falls_gives_no_rows_for_less_than_nothing():
