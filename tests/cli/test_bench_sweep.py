@@ -62,7 +62,7 @@ def test_a_folder_is_gone_on_with(sweep, tmp_path):
     assert sorted(path.name for path in folder.iterdir()) == ["record.json", "sweep.png"]
     whole = json.loads((folder / "record.json").read_text())
     again = sweep(*words)
-    assert "resuming: cells, 1 of 1 are there" in again.err
+    assert "resuming: cells, already done" in again.err
     assert json.loads((folder / "record.json").read_text()) == whole
     other = sweep(*words, "--seed", 3)
     assert other.code == 2

@@ -79,8 +79,8 @@ def test_the_same_command_resumes(draft, tmp_path):
     assert again.err.splitlines()[:4] == [
         "resuming: writing prompts, 3 of 3 are there",
         "resuming: collecting outputs, 9 of 9 are there",
-        "resuming: design is done",
-        "resuming: initialise is done",
+        "resuming: design, already done",
+        "resuming: initialise, already done",
     ]
 
 

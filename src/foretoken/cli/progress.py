@@ -61,7 +61,7 @@ def resumed(progress: Progress) -> str:
     if progress.done == 0:
         return f"resuming: {progress.stage} goes on from its checkpoint"
     if progress.total == 1:
-        return f"resuming: {progress.stage} is done"
+        return f"resuming: {progress.stage}, already done"
     return f"resuming: {progress.stage}, {progress.done} of {progress.total} are there"
 
 
