@@ -331,11 +331,11 @@ class AdaptivePlanner(Planner):
         self._holding.count(shares, scored, verdicts, times.total_s)
         if self._holding.is_wanting:
             self._pace.hurry()
-        orders = [self._usual_order(share) for share in shares]
-        if self._pace.is_settled:
-            self._learn_drafting(shares, orders, self._proposed, times, None)
         if self._pace.is_settled or self._is_trial:
+            orders = [self._usual_order(share) for share in shares]
             self._experience.judge_all(shares, orders, self._proposed, verdicts)
+            if self._pace.is_settled:
+                self._learn_drafting(shares, orders, self._proposed, times, None)
 
     def _learn_count(self, request_id: str) -> None:
         """Learn what came of the plan that held until now for a request."""
