@@ -2,9 +2,11 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
@@ -12,6 +14,9 @@ from foretoken.assets import EMBEDDED
 from foretoken.bench.inflate import Shape, inflate, resolve_sizes
 from foretoken.bench.widen import Sizes
 from foretoken.errors import ConfigError, ModelError
+from foretoken.models.loading import load_model
+from foretoken.models.loops import LoopShape
+from tests.looped import make_looped
 
 SMALL = Sizes(hidden=24, layers=2, head_dim=6, heads=4, kv_heads=2, intermediate=20)
 
@@ -127,6 +132,27 @@ def test_noise_keeps_the_text_and_makes_all_matrices_different(tmp_path):
     matrices = [weight for weight in model.parameters() if weight.ndim == 2]
     sums = {(weight.shape, weight.double().sum().item()) for weight in matrices}
     assert len(sums) == len(matrices)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.usefixtures("exact_norms")
+def test_looped_models_keep_their_loops(tmp_path, tied):
+    options = {"prelude": 1, "loops": 3, "coda": 1, "hidden": 24, "tie_word_embeddings": tied}
+    source = Path(make_looped(tmp_path / "small", dtype=torch.float64, **options))
+    shape = Shape.parse("hidden=60,head_dim=12,intermediate=90,noise=0")
+    wide = inflate(source, shape, dtype="float64", folder=tmp_path)
+    torch.testing.assert_close(logits(wide), logits(source), rtol=0, atol=1e-10)
+    loops = load_model(str(wide)).info.loops
+    assert loops == LoopShape(prelude=1, group=2, loops=3, coda=1)
+    names = load_file(wide / "model.safetensors").keys()
+    assert {name.split(".")[2] for name in names if ".layers." in name} == set("0123")
+
+
+def test_layers_of_looped_models_stay(tmp_path):
+    source = Path(make_looped(tmp_path / "small", hidden=24))
+    with pytest.raises(ConfigError, match=r"runs its layers in loops.*got layers=9") as caught:
+        inflate(source, Shape(hidden=48, layers=9), dtype="float32", folder=tmp_path)
+    assert "leave layers out" in caught.value.hint
 
 
 def test_files_are_those_of_a_model_and_made_once(small_model, tmp_path):

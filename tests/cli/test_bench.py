@@ -7,9 +7,13 @@ from pathlib import Path
 import pytest
 import typer
 
+from foretoken.assets import EMBEDDED
 from foretoken.bench.peers import PEERS
 from foretoken.cli.main import app
+from foretoken.models.heads.target import target_tensors
+from foretoken.training.heads.kinds import KINDS
 from tests.bench.fakes import FakePeer
+from tests.heads import shape_of
 
 TINY = ("--num-prompts", 2, "--max-new-tokens", 4, "--rounds", 1, "--threads", 1, "--in-process")
 
@@ -74,6 +78,21 @@ def test_a_widened_model_keeps_its_draft(bench, tmp_path, monkeypatch):
     assert record["settings"]["model"] == "stories widened to hidden=384,layers=12"
     assert record["settings"]["drafters"] == ["draft-model:path=draft"]
     assert record["cells"][0]["systems"]["foretoken draft-model"]["tokens_per_step"] > 1
+
+
+def test_a_head_is_widened_with_its_target(bench, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    target, head = EMBEDDED["stories"].target, tmp_path / "head"
+    kind, shape = KINDS.load("medusa"), shape_of(target)
+    module = kind.build(shape, target_tensors(str(target)), {"heads": 2})
+    kind.save(module, shape, head, "# Not trained\n")
+    monkeypatch.setitem(PEERS._table, "fake", FakePeer)
+    widened = ("--inflate", "hidden=384,layers=12", "--format", "json", "--against", "fake")
+    done = bench(*widened, "--drafter", f"medusa:path={head}")
+    assert done.code == 0
+    assert "fake draft" not in done.out  # a head is no draft model for others
+    [cell] = json.loads(done.out)["cells"]
+    assert cell["systems"]["foretoken medusa"]["draft_tokens_per_step"] > 0
 
 
 def test_another_system_beside_it(bench, monkeypatch):

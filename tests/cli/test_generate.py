@@ -18,7 +18,9 @@ from foretoken.cli.main import run
 from foretoken.cli.summary import Run, describe_comparison
 from foretoken.core.verdict import Exactness
 from foretoken.errors import ForetokenError
+from tests.cli.conftest import ALPHABET, byte_tokenizer
 from tests.engines import greedy
+from tests.looped import make_looped
 
 STATISTICS = re.compile(
     r"(\d+ prompts, )?\d+ tokens? in \d+ steps?: \d+\.\d tokens per step, "
@@ -603,3 +605,27 @@ def test_no_space_left(generate):
         pytest.skip("no /dev/full here")
     arguments = ("a", "b", "--max-new-tokens", 2, "--output", "/dev/full")
     assert_two_lines(generate(*arguments), "No space left on device", "make room")
+
+
+# -- loop by loop --------------------------------------------------------------------------------
+
+
+def test_a_target_that_shares_its_layers_says_the_same_with_tokens_in_flight(cli, tmp_path):
+    make_looped(tmp_path, loops=4, vocab=len(ALPHABET) + 1)
+    byte_tokenizer(ALPHABET).save_pretrained(tmp_path)
+    arguments = ["generate", "--model", tmp_path, "Once", "--max-new-tokens", 24]
+    arguments += ["--format", "json", "--temperature", 0.8, "--seed", 3]
+    plain, looped = (cli(*arguments, "--drafter", name) for name in ("none", "speed:exit_loop=1"))
+    assert (plain.code, looped.code) == (0, 0), looped.err
+    [expected], [found] = records(plain.out), records(looped.out)
+    assert found["token_ids"] == expected["token_ids"]
+    assert found["exactness"] == "bitwise"
+    assert found["stats"]["num_accepted"] > 0
+    assert found["stats"]["num_steps"] < expected["stats"]["num_steps"]
+
+
+def test_speed_says_why_it_cannot_help_a_target_whose_layers_differ(generate):
+    result = generate("Once", "--drafter", "speed")
+    assert result.code == 2
+    assert "needs a target that runs a group of layers several times" in result.err
+    assert "early-exit" in result.err

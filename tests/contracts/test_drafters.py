@@ -44,6 +44,7 @@ from tests.engines import (
 )
 from tests.fakes import ASCII_ALPHABET, ByteTokenizer, build_module, tiny_config
 from tests.heads import write_head
+from tests.looped import make_looped
 from tests.mtp import write_mtp_model
 
 VOCAB_SIZE = 41
@@ -116,6 +117,8 @@ OPTIONS = {
     "eagle": lambda folder: {"path": write_head(folder, "eagle", steps=3)},
     "parallel": lambda folder: {"path": write_head(folder, "parallel", steps=3)},
     "mtp": lambda folder: {},
+    "speed": lambda folder: {},
+    "loopspec": lambda folder: {},
     "kangaroo": lambda folder: {"path": write_head(folder, "kangaroo", heads=2), "eta": 0.05},
     "tail": lambda folder: {
         "of": f"draft-model(path={folder},max_depth=2)",
@@ -126,6 +129,8 @@ OPTIONS = {
         "guess": "prompt-lookup+suffix",
     },
 }
+# Drafters that draft inside the target's pass, and nothing beside it.
+IN_FLIGHT = ("speed", "loopspec")
 # Of drafters that are made of drafters: the names that their nodes carry.
 SOURCES = {
     "merged": {"suffix", "draft-model", "suffix#2"},
@@ -170,13 +175,20 @@ def mtp_target(tmp_path_factory):
     return load_model(str(path), dtype="float64", device="cpu")
 
 
+@pytest.fixture(scope="module")
+def looped_target(tmp_path_factory):
+    path = make_looped(tmp_path_factory.mktemp("looped"), vocab=VOCAB_SIZE, hidden=16, loops=4)
+    return load_model(path, dtype="float64", device="cpu")
+
+
 @pytest.fixture
 def target(request):
     """Return a target that the drafter of a test can draft for."""
     asked = request.fixturenames
     way = request.getfixturevalue("way") if "way" in asked else (None,)
     name = request.getfixturevalue("name") if "name" in asked else way[0]
-    return request.getfixturevalue("mtp_target" if name == "mtp" else "plain_target")
+    kind = "mtp" if name == "mtp" else "looped" if name in IN_FLIGHT else "plain"
+    return request.getfixturevalue(f"{kind}_target")
 
 
 @pytest.fixture(params=sorted(OPTIONS))
@@ -433,7 +445,7 @@ def test_samples_come_with_their_draws_and_nothing_else_does(way, way_drafter):
     if way[1] not in SAMPLES:
         assert not draft.draws
         return
-    assert draft.draws or way[0] == "none"
+    assert draft.draws or way[0] in ("none", *IN_FLIGHT)
     for node, children in enumerate(draft.tree.children):
         groups = draft.draws.get(node, ())
         assert {child for group in groups for child in group.nodes} == set(children)
@@ -470,7 +482,7 @@ def test_every_way_is_the_same_alone_in_a_batch_and_again(way, way_drafter):
 
 
 def test_samples_depend_on_seed_position_and_place_among_the_drafters(way, way_drafter):
-    if way[1] not in SAMPLES or way[0] == "none":
+    if way[1] not in SAMPLES or way[0] in ("none", *IN_FLIGHT):
         pytest.skip("samples nothing")
     text = random_text(random.Random(3), 12)
     options = [{}, {"seed": 6}, {"place": 1}]

@@ -13,9 +13,9 @@ from foretoken.core.sampling import Sampler
 from foretoken.core.tree import ROOT, TokenTree
 from foretoken.core.verdict import Exactness, FinalKind, Verdict
 from foretoken.drafters.growth import DrawnTree, StaticExpansion
-from foretoken.errors import ForetokenError, RequestError
+from foretoken.errors import ConfigError, ForetokenError, RequestError
 from foretoken.verifiers import VERIFIERS
-from foretoken.verifiers.base import TargetRows
+from foretoken.verifiers.base import NextToken, NodeRule, TargetRows, as_node_rule
 from tests.engines import random_table
 from tests.fakes import token_trees
 
@@ -239,3 +239,86 @@ def test_samples_of_several_drafters_are_refused_by_rules_for_one():
     for name, siblings in [("mss", SiblingDraw.IID), ("rrs", SiblingDraw.WITHOUT_REPLACEMENT)]:
         draft = Draft.from_drafter("it", tree, siblings=siblings, draws={ROOT: groups})
         assert_well_formed(verify(VERIFIERS.load(name)(), draft), draft)
+
+
+# -- one node at a time ----------------------------------------------------------------------
+
+WHOLE_PATHS = {"block", "traversal", "typical"}
+NODE_RULES = [name for name in NAMES if name not in WHOLE_PATHS]
+
+
+def decide_next(rule, draft, params=SAMPLED, *, seed=0, before=(2,), table=TARGET):
+    """Settle the root of a draft of one level, told of the root's row alone."""
+    text = [*before, draft.tree.token_ids[ROOT]]
+    logits = table[torch.tensor(text[-1:])]
+    rows = TargetRows(logits, logits.argmax(dim=-1).tolist())
+    return rule.decide_next(draft, rows, Sampler(params, seed, len(text)), text)
+
+
+def as_next(verdict):
+    return NextToken(verdict.token_ids[0], verdict.path[0] if verdict.path else None)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rules_settle_single_nodes_or_are_refused(name):
+    rule = VERIFIERS.load(name)()
+    if name not in WHOLE_PATHS:
+        assert as_node_rule(name, rule) is rule
+        return
+    assert not isinstance(rule, NodeRule)
+    with pytest.raises(ConfigError, match=f"verifier '{name}' judges whole paths") as caught:
+        as_node_rule(name, rule)
+    assert "coupled" in caught.value.hint
+
+
+@pytest.mark.parametrize("params", [GREEDY, SAMPLED, CUT], ids=["greedy", "sampled", "cut"])
+@pytest.mark.parametrize("name", NODE_RULES)
+def test_settling_the_root_is_what_verifying_begins_with(name, params):
+    """The same dice in the same order: the first token and child of the verdict, to the bit."""
+    rule = VERIFIERS.load(name)()
+    for siblings in rule.draws:
+        num_accepted = 0
+        for seed in range(30):
+            draft = make_draft(siblings, widths_for(rule)[:1], seed, params)
+            found = decide_next(rule, draft, params, seed=seed)
+            assert found == as_next(verify(rule, draft, params, seed=seed))
+            num_accepted += found.child is not None
+        assert 0 < num_accepted < 30
+
+
+@pytest.mark.parametrize("name", NODE_RULES)
+def test_without_children_the_next_token_is_plain(name):
+    rule = VERIFIERS.load(name)()
+    for params in (GREEDY, SAMPLED, CUT):
+        draft = Draft.empty(4)
+        assert decide_next(rule, draft, params) == as_next(verify(rule, draft, params))
+
+
+@pytest.mark.parametrize("name", NODE_RULES)
+def test_what_is_refused_whole_is_refused_at_one_node(name):
+    rule = VERIFIERS.load(name)()
+    for siblings in set(SiblingDraw) - set(rule.draws):
+        draft = make_draft(siblings, (1,), 1)
+        assert decide_next(rule, draft, GREEDY).token_id >= 0  # greedy takes every tree
+        with pytest.raises(RequestError, match="takes siblings drawn as"):
+            decide_next(rule, draft)
+
+
+@pytest.mark.parametrize("name", NODE_RULES)
+def test_the_dice_of_a_node_follow_seed_and_position_alone(name):
+    """The same node is settled alike whatever was settled before, and anew one token later."""
+    rule = VERIFIERS.load(name)()
+    drafts = [make_draft(rule.draws[0], (1,), seed) for seed in range(5)]
+    sampler = Sampler(SAMPLED, 5, 2)
+
+    def settle(num_before):
+        text = [2] * num_before
+        return [
+            rule.decide_next(draft, TargetRows(TARGET[seed : seed + 1], []), sampler, [*text, seed])
+            for seed, draft in enumerate(drafts)
+        ]
+
+    first = settle(1)
+    later = [settle(count) for count in range(2, 20)]
+    assert settle(1) == first
+    assert any(found != first for found in later)

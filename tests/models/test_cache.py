@@ -60,6 +60,12 @@ class Twin:
         assert (self.sequence.num_cached, self.sequence.num_staged) == (num_cached, num_staged)
         assert read(cache, self.sequence, 0, num_cached) == self.cached
         assert read(cache, self.sequence, num_cached, num_cached + num_staged) == self.staged
+        row = cache._tables.parents[self.sequence.index]
+        assert row[:num_staged].tolist() == self.parents
+        depths = []
+        for parent in self.parents:
+            depths.append(0 if parent < 0 else depths[parent] + 1)
+        assert cache._tables.depths[self.sequence.index][:num_staged].tolist() == depths
 
     def random_path(self, random):
         """Return a path from the cached past downward, perhaps empty."""
@@ -74,6 +80,13 @@ class Twin:
     def commit(self, path):
         self.cached += [self.staged[node] for node in path]
         self.rollback()
+
+    def advance(self, path, kept):
+        self.cached += [self.staged[node] for node in path]
+        self.parents = [
+            kept.index(self.parents[node]) if self.parents[node] in kept else -1 for node in kept
+        ]
+        self.staged = [self.staged[node] for node in kept]
 
     def rollback(self):
         self.staged, self.parents = [], []
@@ -94,6 +107,8 @@ class Machine:
             self.stage,
             self.stage,
             self.commit,
+            self.advance,
+            self.advance,
             self.rollback,
             self.fork,
             self.close,
@@ -134,6 +149,19 @@ class Machine:
         self.cache.commit([(twin.sequence, path) for twin, path in accepted])
         for twin, path in accepted:
             twin.commit(path)
+
+    def advance(self):
+        if not self.twins:
+            return
+        twin = self.random.choice(self.twins)
+        path, kept = twin.random_path(self.random), []
+        top = path[-1] if path else -1
+        for node, parent in enumerate(twin.parents):
+            is_below = node not in path and (parent == top or parent in kept)
+            if is_below and self.random.random() < 0.7:
+                kept.append(node)
+        self.cache.advance(twin.sequence, path, kept)
+        twin.advance(path, kept)
 
     def rollback(self):
         if self.twins:
@@ -197,6 +225,40 @@ def test_commit_moves_a_path_that_overlaps_its_target():
     write(cache, cache.stage(sequence, [-1, -1, 1, 2, 3]), [1, 2, 3, 4, 5])
     cache.commit([(sequence, [1, 2, 3, 4])])
     assert read(cache, sequence, BLOCK_SIZE - 2, sequence.num_cached) == [2, 3, 4, 5]
+
+
+def test_a_chain_advances_without_moving_anything(monkeypatch):
+    cache = make_cache()
+    sequence = filled(cache, BLOCK_SIZE - 2)
+    write(cache, cache.stage(sequence, [-1, 0, 1, 2]), [1, 2, 3, 4])
+    monkeypatch.setattr(cache._pools, "move", None)
+    cache.advance(sequence, [0], [1, 2, 3])
+    assert (sequence.num_cached, sequence.num_staged) == (BLOCK_SIZE - 1, 3)
+    cache.advance(sequence, [0, 1], [2])
+    write(cache, cache.stage(sequence, [0]), [5])
+    cache.advance(sequence, [0], [])
+    assert (sequence.num_cached, sequence.num_staged) == (BLOCK_SIZE + 2, 0)
+    assert read(cache, sequence, BLOCK_SIZE - 2, sequence.num_cached) == [1, 2, 3, 4]
+    cache.check_integrity()
+
+
+def test_advancing_keeps_a_subtree_and_frees_what_is_dropped():
+    """Of two children the second is accepted; what hung on the first goes."""
+    cache = make_cache()
+    sequence = filled(cache, BLOCK_SIZE - 3)
+    parents = [-1, 0, 0, 1, 2, 2, 4]
+    write(cache, cache.stage(sequence, parents), [10, 11, 12, 13, 14, 15, 16])
+    assert len(sequence.blocks) == 2
+    cache.advance(sequence, [0, 2], [4, 6])
+    assert len(sequence.blocks) == 2
+    assert read(cache, sequence, BLOCK_SIZE - 3, BLOCK_SIZE + 1) == [10, 12, 14, 16]
+    layout = unpack(cache.stage_all([sequence], [[0, 0]], [[-1, 1]]))
+    assert layout.parents.tolist() == [-1, 0, -1, 1]
+    assert layout.depths.tolist() == [0, 1, 0, 2]
+    cache.advance(sequence, [], [])
+    assert (sequence.num_cached, sequence.num_staged) == (BLOCK_SIZE - 1, 0)
+    assert len(sequence.blocks) == 1
+    cache.check_integrity()
 
 
 @pytest.mark.parametrize("num_cached", [0, 1, BLOCK_SIZE - 1, BLOCK_SIZE, BLOCK_SIZE + 1, 40])
@@ -277,6 +339,34 @@ def test_only_a_path_from_the_top_is_committed(path):
     cache.check_integrity()
     assert (good.num_cached, good.num_staged) == (3, 3), "all or nothing"
     assert (bad.num_cached, bad.num_staged) == (3, 3)
+
+
+@pytest.mark.parametrize(
+    ("path", "kept", "message"),
+    [
+        ([1], [], "node 1 cannot be accepted"),
+        ([0, 3], [], "node 3 cannot be accepted"),
+        ([0, 1, 9], [], "node 9 cannot be accepted"),
+        ([-1], [], "node -1 cannot be accepted"),
+        ([0, 2], [3], "node 3 cannot be kept"),
+        ([0], [2, 1], "node 1 cannot be kept"),
+        ([0], [3], "node 3 cannot be kept"),
+        ([0], [1, 1], "node 1 cannot be kept"),
+        ([], [1], "node 1 cannot be kept"),
+        ([0], [0], "node 0 cannot be kept"),
+        ([], [0, 1, 4], "node 4 cannot be kept"),
+    ],
+)
+def test_nodes_that_cannot_stay_change_nothing(path, kept, message):
+    cache = make_cache()
+    sequence = filled(cache, 3)
+    write(cache, cache.stage(sequence, [-1, 0, 0, 1]), [1, 2, 3, 4])
+    with pytest.raises(ValueError, match=message):
+        cache.advance(sequence, path, kept)
+    cache.check_integrity()
+    assert (sequence.num_cached, sequence.num_staged) == (3, 4)
+    assert read(cache, sequence, 0, 7) == [100, 101, 102, 1, 2, 3, 4]
+    assert cache._tables.parents[sequence.index][:4].tolist() == [-1, 0, 0, 1]
 
 
 @pytest.mark.parametrize("parents", [[0], [-1, 1], [-1, 0, 5], [-2]])

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from foretoken.errors import CapacityError
 from foretoken.models.batch import RaggedBatch, Segment
 from foretoken.models.cache import BLOCK_SIZE, KVCache, LayerShape
+from foretoken.models.layout import unpack
 from tests.fakes import random_parents
 
 
@@ -34,6 +35,47 @@ def depths_of(parents):
     for parent in parents:
         depths.append(0 if parent < 0 else depths[parent] + 1)
     return depths
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 40), st.integers(1, 30)), min_size=1, max_size=4),
+    st.integers(0, 2**32),
+)
+@settings(max_examples=50, deadline=None)
+def test_a_layout_of_staged_nodes_is_the_one_that_staging_them_gave(sizes, seed):
+    """Nodes are staged all at once; any stretch of them looks as if staged behind the others."""
+    rng, cache = random.Random(seed), make_cache()
+    sequences, firsts, ids, expected = [], [], [], []
+    for num_cached, num_nodes in sizes:
+        parents = random_parents(rng, num_nodes)
+        sequence = filled(cache, num_cached, parents)
+        depths = depths_of(parents)
+        for first in rng.sample(range(num_nodes), min(2, num_nodes)):
+            stop = rng.randint(first + 1, num_nodes)
+            sequences.append(sequence)
+            firsts.append(first)
+            ids.append([rng.randrange(1000) for _ in range(first, stop)])
+            slots = cache.slots(sequence, 0, num_cached + stop).tolist()
+            positions = [num_cached + depth for depth in depths[first:stop]]
+            expected.append((positions, slots, parents[:stop], depths[:stop], num_cached, first))
+    layout = unpack(cache.lay_out_staged(sequences, firsts, ids))
+    assert layout.token_ids.tolist() == [token_id for each in ids for token_id in each]
+    assert not layout.shifts.any()
+    starts = layout.row_starts, layout.key_starts, layout.node_starts
+    assert [int(part[-1]) for part in starts] == [
+        len(layout.token_ids),
+        len(layout.slots),
+        len(layout.parents),
+    ]
+    for index, (positions, slots, parents, depths, num_cached, first) in enumerate(expected):
+        row, key, node = [slice(*map(int, part[index : index + 2])) for part in starts]
+        assert layout.positions[row].tolist() == positions
+        assert layout.new_slots[row].tolist() == slots[num_cached + first :]
+        assert layout.slots[key].tolist() == slots
+        assert layout.parents[node].tolist() == parents
+        assert layout.depths[node].tolist() == depths
+        assert (layout.num_cached[index], layout.first_staged[index]) == (num_cached, first)
+        assert len(layout.token_ids[row]) == len(ids[index])
 
 
 @given(
@@ -78,6 +120,7 @@ def test_a_layout_says_what_plain_lists_say(sizes, seed):
         assert layout.parents[node].tolist() == parents
         assert layout.depths[node].tolist() == depths
         assert (layout.num_cached[index], layout.first_staged[index]) == (num_cached, num_before)
+        assert layout.shifts[index] == 0
         assert batch.num_keys[index] == num_keys
         rows, slots = rows + num_new, slots + num_keys
     assert (batch.num_rows, len(layout.token_ids), len(layout.slots)) == (rows, rows, slots)

@@ -350,7 +350,7 @@ def test_all_rows_known_run_nothing_twice(folder, monkeypatch):
     original = CompiledDecoder.forward
 
     def watch(self, batch, rows, *args):
-        layers = int((self._plan[:, 0] >= 0).sum())
+        layers = int((self._plan[:, 1] >= 0).sum())
         ran.append((layers, batch.num_rows))
         return original(self, batch, rows, *args)
 

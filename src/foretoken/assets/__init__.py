@@ -33,3 +33,8 @@ EMBEDDED = {
         draft_options={"max_depth": 4, "min_gain": 0.3, "width": 2, "max_nodes": 5},
     )
 }
+
+EMBEDDED_MODELS: Mapping[str, Path] = {
+    **{name: pair.target for name, pair in EMBEDDED.items()},
+    "looped": _ROOT / "looped",  # runs two layers four times, for drafters inside the pass
+}

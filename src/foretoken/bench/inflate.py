@@ -1,5 +1,7 @@
 """Widening a small Llama to a real model's cost without changing what it says: sizes and files.
 
+A looped Llama is widened layer by stored layer and keeps its loops.
+
 How, and why it stays the same function, is told in `widen`.
 """
 
@@ -22,9 +24,10 @@ from torch import Tensor
 from foretoken.bench.widen import Sizes, fewest_kv_heads, fits, widen
 from foretoken.core.options import ComponentSpec, build_options
 from foretoken.errors import ConfigError, ModelError
+from foretoken.models.loops import MODEL_TYPE as LOOPED
 
 RECIPE = 1  # part of the folder's name: a change of the recipe makes new files
-MODEL_TYPES = ("llama", "mistral")
+MODEL_TYPES = ("llama", "mistral", LOOPED)
 ROPE_TYPES = ("default", "linear", "llama3")  # those that treat each frequency by itself
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -35,7 +38,8 @@ class Shape:
 
     Args:
         hidden: Hidden size; at least the small model's.
-        layers: At least the small model's; None keeps its number.
+        layers: At least the small model's; None keeps its number. Not for looped models, whose
+            layers and loops stay as they are.
         head_dim: A multiple of the small model's; None keeps it.
         heads: Query heads; None is hidden / head_dim.
         kv_heads: Key and value heads; None is as few as the small model allows.
@@ -90,6 +94,12 @@ def inflate(source: Path, shape: Shape, *, dtype: str, folder: Path) -> Path:
     config = _read_config(source)
     small = Sizes.of(config)
     big = resolve_sizes(small, shape)
+    if config["model_type"] == LOOPED and shape.layers is not None:
+        raise ConfigError(
+            f"{source.name} runs its layers in loops, which stay as they are; got "
+            f"layers={shape.layers}",
+            hint="leave layers out of --inflate",
+        )
     name = f"{source.name}-{big.hidden}x{big.layers}-{dtype}-{_digest(source, shape, dtype)}"
     target = folder / name
     if (target / "config.json").is_file():
@@ -186,7 +196,10 @@ def _read_config(source: Path) -> dict[str, Any]:
 def _big_config(config: Mapping[str, Any], small: Sizes, big: Sizes, dtype: str) -> dict[str, Any]:
     epsilon = config.get("rms_norm_eps", 1e-6) * small.hidden / big.hidden
     kept = {key: value for key, value in config.items() if key != "torch_dtype"}
-    return {**kept, **big.as_config(), "rms_norm_eps": epsilon, "dtype": dtype}
+    sizes = big.as_config()
+    if config["model_type"] == LOOPED:  # then it counts each layer as often as it runs
+        sizes["num_hidden_layers"] = config["num_hidden_layers"]
+    return {**kept, **sizes, "rms_norm_eps": epsilon, "dtype": dtype}
 
 
 def _load_weights(source: Path) -> dict[str, Tensor]:

@@ -20,17 +20,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from foretoken.models.loops import LoopShape
 
 FILL = 0.02  # standard deviation of what cannot be heard, as of freshly initialized weights
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """The numbers that shape a Llama."""
+    """The numbers that shape a Llama; layers that share their weights are one."""
 
     hidden: int
     layers: int
@@ -43,9 +46,10 @@ class Sizes:
     def of(cls, config: Mapping[str, Any]) -> Sizes:
         """Read a transformers configuration."""
         hidden, heads = config["hidden_size"], config["num_attention_heads"]
+        loops = LoopShape.of(SimpleNamespace(**config))
         return cls(
             hidden=hidden,
-            layers=config["num_hidden_layers"],
+            layers=loops.num_stored if loops else config["num_hidden_layers"],
             head_dim=config.get("head_dim") or hidden // heads,
             heads=heads,
             kv_heads=config.get("num_key_value_heads") or heads,

@@ -260,6 +260,7 @@ def _settings(
 
     from foretoken.bench.inflate import Shape, cache_folder
     from foretoken.bench.inflate import inflate as inflate_model
+    from foretoken.bench.inflate_heads import inflate_drafter, is_head
     from foretoken.bench.settings import BenchSettings
     from foretoken.bench.workloads import load_workload
     from foretoken.engine.names import resolve_model
@@ -269,15 +270,15 @@ def _settings(
     path, dtype, shown = resolve_model(model), machine["dtype"], model
     if inflate is not None:
         dtype = "float32" if dtype == "auto" else dtype
-        shape = Shape.parse(inflate)
-        path = str(
-            inflate_model(Path(path), shape, dtype=dtype, folder=cache_folder() / "inflated")
-        )
+        shape, folder = Shape.parse(inflate), cache_folder() / "inflated"
+        wide = inflate_model(Path(path), shape, dtype=dtype, folder=folder)
+        specs = [inflate_drafter(spec, Path(path), wide, folder) for spec in specs]
+        path = str(wide)
         shown = f"{Path(model).name} widened to {inflate}"
     elif Path(model).expanduser().is_dir():
         shown = Path(model).expanduser().resolve().name
-    drafts = [Path(spec.options["path"]) for spec in specs if "path" in spec.options]
-    peers_draft = next((draft for draft in drafts if draft.expanduser().is_dir()), None)
+    drafts = [Path(spec.options["path"]).expanduser() for spec in specs if "path" in spec.options]
+    peers_draft = next((it for it in drafts if it.is_dir() and not is_head(it)), None)
     return BenchSettings(
         model=path,
         model_name=shown,

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from foretoken import __version__
-from foretoken.cli.bench_serve import bench_app
+from foretoken.cli.bench_speed import bench_app
 from foretoken.cli.datastore import app as datastore_app
 from foretoken.cli.doctor import EXAMPLES as DOCTOR_EXAMPLES
 from foretoken.cli.doctor import doctor

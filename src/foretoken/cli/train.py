@@ -13,6 +13,8 @@ from foretoken.cli.train_draft import EXAMPLES as DRAFT_EXAMPLES
 from foretoken.cli.train_draft import draft
 from foretoken.cli.train_head import EXAMPLES as HEAD_EXAMPLES
 from foretoken.cli.train_head import head
+from foretoken.cli.train_looped import EXAMPLES as LOOPED_EXAMPLES
+from foretoken.cli.train_looped import looped
 from foretoken.cli.train_report import show_report
 from foretoken.cli.training import (
     BatchSize,
@@ -162,5 +164,6 @@ def boost(
 
 app.command(epilog=DRAFT_EXAMPLES, no_args_is_help=False)(draft)
 app.command(epilog=HEAD_EXAMPLES, no_args_is_help=False)(head)
+app.command(epilog=LOOPED_EXAMPLES, no_args_is_help=False)(looped)
 
 __all__ = ["app", "boost"]

@@ -33,6 +33,8 @@ class DrafterNeeds:
         shared_layers: How many of the target's first layers it runs itself, as `row_states` tell.
         target_past: Whether it takes over keys and values that the target has cached, from the
             context's `past`.
+        in_flight: Whether it drafts inside the target's pass, as `drafters.in_flight` says: the
+            target then runs loop by loop, with several tokens of a request on their way.
     """
 
     hidden_layers: tuple[int, ...] = ()
@@ -40,6 +42,7 @@ class DrafterNeeds:
     draft_cache: bool = False
     shared_layers: int = 0
     target_past: bool = False
+    in_flight: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

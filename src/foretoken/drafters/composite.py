@@ -35,12 +35,21 @@ class CompositeDrafter(Drafter):
         members: Label to drafter, as `build_members` makes them; the labels are the sources of
             the nodes.
 
+    Raises:
+        ConfigError: One of them drafts in flight.
+
     Attributes:
         members: As given.
     """
 
     def __init__(self, members: dict[str, Drafter]) -> None:
         self.members = list(members.items())
+        for label, drafter in self.members:
+            if drafter.needs.in_flight:
+                raise ConfigError(
+                    f"drafter {label!r} drafts inside the target's pass and is no part of others",
+                    hint="name it beside the others, as one of the request's drafters",
+                )
         needs = [drafter.needs for _, drafter in self.members]
         self.needs = DrafterNeeds(
             hidden_layers=tuple(sorted({layer for it in needs for layer in it.hidden_layers})),

@@ -3,34 +3,43 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar, cast
 
 from foretoken.core.options import ComponentSpec
 from foretoken.core.verdict import Exactness
 from foretoken.drafters import DRAFTERS, prepare_drafter
 from foretoken.drafters.base import Drafter, DrafterHost
+from foretoken.drafters.in_flight import InFlightDrafter
 from foretoken.engine.engine import Engine, EngineConfig
 from foretoken.engine.fit import agree_on_draws, takes_copies_in_trees
+from foretoken.engine.loops import in_flight_label
 from foretoken.engine.names import resolve_drafters
 from foretoken.engine.sizing import default_kv_cache_tokens
 from foretoken.errors import ConfigError
-from foretoken.models.adapter import LanguageModel
+from foretoken.models.adapter import LanguageModel, ModelInfo
 from foretoken.models.grammar import GrammarCompiler
 from foretoken.models.tokenizer import Tokenizer
 from foretoken.planner.adaptive import AdaptivePlanner
 from foretoken.planner.base import FixedPlanner, Planner
 from foretoken.planner.cost import CostModel
 from foretoken.planner.cost_cache import load_or_measure
+from foretoken.planner.cost_ticks import load_or_measure_ticks
+from foretoken.planner.flight_adaptive import AdaptiveFlightPlanner
+from foretoken.planner.in_flight import FlightPlanner
 from foretoken.planner.plan import AUTO, Plan
 from foretoken.verifiers import VERIFIERS
 
 T = TypeVar("T")
+BuildDrafter = Callable[[DrafterHost], Drafter]
 
 # Drafters that every request has whose verifier takes them, and that cost nothing otherwise:
 # what its grammar forces is certain, and a text that comes with it is meant to be copied from.
 _FREE = ("forced",)
 _ASKED_FOR = ("reference",)
+
+# What "auto" is where the target shares its layers: it needs no training and no second model.
+_AUTO_WITH_LOOPS = "speed"
 
 # How often a drafter's first guess is taken before anything is known, by whether it was trained.
 _FIRST_GUESS = {True: 0.6, False: 0.25}
@@ -111,17 +120,47 @@ class EngineBuilder:
             kv_cache_tokens=num_tokens,
         )
         info = target.info
-        drafters = {label: build(host) for label, build in self._builders}
+        drafters = {label: build(host) for label, build in self._builders_for(info)}
+        in_flight = in_flight_label(drafters)
         return Engine(
             target,
             target.new_cache(num_tokens),
             drafters,
             self._verifier_class(),
             self._plan,
-            planner=self._planner(target, drafters),
+            planner=self._planner(target, drafters) if in_flight is None else None,
+            flight_planner=(
+                self._flight_planner(target, cast(InFlightDrafter, drafters[in_flight]))
+                if in_flight is not None
+                else None
+            ),
             decode=tokenizer.decode if tokenizer else None,
             compile_grammar=GrammarCompiler(tokenizer, info.vocab_size, info.eos_ids).compile,
             config=self._config,
+        )
+
+    def _builders_for(self, info: ModelInfo) -> Sequence[tuple[str, BuildDrafter]]:
+        """Return what builds the drafters, now that it is known whether the target has loops."""
+        has_loops = info.loops is not None and info.loops.loops > 1
+        if not (has_loops and self._is_adaptive and self._plan.drafters == AUTO):
+            return self._builders
+        free = [it for it in self._builders if it[0] in (*_FREE, *_ASKED_FOR)]
+        return [(_AUTO_WITH_LOOPS, prepare_drafter(ComponentSpec(_AUTO_WITH_LOOPS))), *free]
+
+    def _flight_planner(
+        self, target: LanguageModel, drafter: InFlightDrafter
+    ) -> FlightPlanner | None:
+        """Return who says how many rows are in flight; None if there is nothing to choose."""
+        loops, is_open = target.info.loops, None in (drafter.exit_loop, drafter.max_in_flight)
+        if loops is None or not (self._is_adaptive and is_open):
+            return None
+        return AdaptiveFlightPlanner(
+            load_or_measure_ticks(target),
+            load_or_measure(target),
+            loops=loops.loops,
+            check="eager" if drafter.is_eager else "lazy",
+            exit_loop=drafter.exit_loop,
+            max_in_flight=drafter.max_in_flight,
         )
 
     def _planner(self, target: LanguageModel, drafters: Mapping[str, Drafter]) -> Planner:

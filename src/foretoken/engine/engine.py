@@ -12,15 +12,17 @@ from foretoken.core.params import SamplingParams
 from foretoken.core.verdict import Exactness
 from foretoken.drafters.base import Drafter, RequestView
 from foretoken.engine.fit import agree_on_draws
+from foretoken.engine.loops import choose_loop
 from foretoken.engine.request import Emission, FinishReason, Request
 from foretoken.engine.scheduler import Scheduler
 from foretoken.engine.sizing import default_mixed_chunk
-from foretoken.engine.step import StepParts, run_step
+from foretoken.engine.step import StepParts
 from foretoken.engine.text import Decode
 from foretoken.errors import ConfigError, RequestError, UnknownNameError
 from foretoken.models.adapter import LanguageModel
 from foretoken.models.cache import KVCache
 from foretoken.planner.base import FixedPlanner, Planner
+from foretoken.planner.in_flight import FlightPlanner
 from foretoken.planner.plan import Plan
 from foretoken.verifiers.base import Verifier
 
@@ -72,15 +74,19 @@ class Engine:
         verifier: The acceptance rule.
         plan: How much to draft at most.
         planner: Who drafts how much in each step; None for everybody, always, all of it.
+        flight_planner: How many rows are in flight, where a drafter drafts in flight; None for as
+            many as it says.
         decode: Token ids to text; None when there is no tokenizer.
         compile_grammar: Makes the state of a request's grammar; None when there is no way to.
         config: Sizes.
 
     Attributes:
         parts: What a step is made of; those who measure put watched ones in their place.
+        loop: How steps follow one another.
 
     Raises:
-        ConfigError: A drafter cannot draw siblings in a way that the verifier takes.
+        ConfigError: A drafter cannot draw siblings in a way that the verifier takes, or drafters
+            do not go together.
     """
 
     def __init__(  # noqa: PLR0913 - one parameter is one part
@@ -92,6 +98,7 @@ class Engine:
         plan: Plan,
         *,
         planner: Planner | None = None,
+        flight_planner: FlightPlanner | None = None,
         decode: Decode | None = None,
         compile_grammar: CompileGrammar | None = None,
         config: EngineConfig | None = None,
@@ -112,6 +119,7 @@ class Engine:
         self.parts = StepParts(
             target, cache, scheduler, planner or FixedPlanner(), self.drafters, verifier, draws
         )
+        self.loop = choose_loop(target, self.drafters, plan.verifier, verifier, flight_planner)
         self._decode = decode
         self._compile_grammar = compile_grammar
         self._requests: dict[str, Request] = {}
@@ -228,7 +236,7 @@ class Engine:
         """Advance every running request; finished ones have left when this returns."""
         self._rearrange()
         try:
-            emissions = run_step(self.parts) if self.num_unfinished else []
+            emissions = self.loop.step(self.parts) if self.num_unfinished else []
         except BaseException:
             # What a drafter that fails at commit has kept from being reported still stands.
             self._release_all([key for key, kept in self._requests.items() if kept.finish_reason])
@@ -254,6 +262,7 @@ class Engine:
         """Throw back requests that no longer fit and admit those that do."""
         for request in self.parts.scheduler.preempt():
             self.parts.planner.forget(request.request_id)
+            self.loop.forget(request.request_id)
             for label in self._caching_drafters(request):
                 self.drafters[label].stop(request.request_id)
         for request in self.parts.scheduler.admit():
@@ -286,6 +295,7 @@ class Engine:
         request = self._requests.pop(request_id)
         self.parts.scheduler.remove(request_id)
         self.parts.planner.forget(request_id)
+        self.loop.forget(request_id)
         for label in request.drafters:
             self.drafters[label].stop(request_id)
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from typing import cast
 
 from foretoken.core.draft import SiblingDraw
 from foretoken.drafters.base import Drafter
+from foretoken.drafters.in_flight import InFlightDrafter
 from foretoken.errors import ConfigError
-from foretoken.verifiers.base import Verifier
+from foretoken.verifiers.base import Verifier, as_node_rule
 
 
 def agree_on_draws(
@@ -23,7 +25,8 @@ def agree_on_draws(
         drafters: Label to drafter or class.
 
     Raises:
-        ConfigError: A drafter has no way that the verifier takes.
+        ConfigError: A drafter has no way that the verifier takes, or drafts in flight and the
+            verifier cannot settle one token after the other.
     """
     agreed = {}
     for label, drafter in drafters.items():
@@ -35,6 +38,9 @@ def agree_on_draws(
                 hint="use the verifier coupled, which takes every draft, or another drafter",
             )
         agreed[label] = fitting[0]
+        kind = drafter if isinstance(drafter, type) else type(drafter)
+        if issubclass(kind, InFlightDrafter):
+            as_node_rule(rule, cast(Verifier, verifier))  # a class has what its objects have
     return agreed
 
 

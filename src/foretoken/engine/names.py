@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Sequence
 from pathlib import Path
 
-from foretoken.assets import EMBEDDED
+from foretoken.assets import EMBEDDED, EMBEDDED_MODELS
 from foretoken.core.options import ComponentSpec
 from foretoken.drafters import DRAFTERS
 from foretoken.errors import ConfigError, ModelError, UnknownNameError
@@ -21,10 +21,10 @@ def resolve_model(model: str) -> str:
     Raises:
         ModelError: It looks like a mistyped name of an embedded model.
     """
-    if model in EMBEDDED:
-        return str(EMBEDDED[model].target)
+    if model in EMBEDDED_MODELS:
+        return str(EMBEDDED_MODELS[model])
     # Hub ids have an owner, or are older than that; do not ask the network about a typing error.
-    nearest = difflib.get_close_matches(model, EMBEDDED, n=1, cutoff=0.75)
+    nearest = difflib.get_close_matches(model, EMBEDDED_MODELS, n=1, cutoff=0.75)
     if nearest and "/" not in model and not Path(model).exists():
         raise ModelError(
             f"there is no model {model!r}: no such directory, no such embedded model",

@@ -163,13 +163,15 @@ def replay(  # noqa: PLR0913 - one parameter is one part
 def is_replayable(needs: DrafterNeeds, *, has_target: bool = False) -> bool:
     """Return whether a replay tells what a drafter with such needs would draft.
 
-    What the target thinks of nodes that were not taken only decoding tells.
+    What the target thinks of nodes that were not taken, or before it is done, only decoding tells.
 
     Args:
         needs: The drafter's.
         has_target: Whether the target is there to read the recordings.
     """
-    return not needs.top_logits and (has_target or not _needs_reading(needs))
+    if needs.top_logits or needs.in_flight:
+        return False
+    return has_target or not _needs_reading(needs)
 
 
 def _needs_reading(needs: DrafterNeeds) -> bool:

@@ -6,11 +6,9 @@ import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from foretoken.core.draft import Draft
 from foretoken.core.grammar import GrammarState
 from foretoken.core.params import SamplingParams
 from foretoken.core.sampling import Sampler
-from foretoken.core.verdict import Verdict
 from foretoken.engine.logprobs import TokenLogprobs
 from foretoken.engine.stats import RequestStats
 from foretoken.engine.text import Decode, TextStream
@@ -47,6 +45,20 @@ class Emission:
     text: str
     finish_reason: FinishReason | None
     logprobs: tuple[TokenLogprobs, ...] = ()
+
+
+def join_emissions(emissions: Sequence[Emission]) -> Emission:
+    """Return what several emissions gave one request, one after the other, as one."""
+    if len(emissions) == 1:
+        return emissions[0]
+    return Emission(
+        emissions[0].request_id,
+        tuple(token_id for it in emissions for token_id in it.token_ids),
+        tuple(source for it in emissions for source in it.sources),
+        "".join(it.text for it in emissions),
+        emissions[-1].finish_reason,
+        tuple(entry for it in emissions for entry in it.logprobs),
+    )
 
 
 class Request:
@@ -116,17 +128,30 @@ class Request:
         """Tokens that the request can still take."""
         return self.max_tokens - len(self.token_ids)
 
-    def accept(
-        self, verdict: Verdict, draft: Draft, logprobs: Sequence[TokenLogprobs] = ()
+    def take(
+        self,
+        token_ids: Sequence[int],
+        sources: Sequence[str],
+        drafted: Sequence[str] = (),
+        logprobs: Sequence[TokenLogprobs] = (),
+        *,
+        is_pass: bool = True,
     ) -> Emission:
-        """Take a verdict's tokens, with what is known of them, up to the first that ends it."""
-        token_ids = self._cut(verdict.token_ids)
+        """Take tokens that stand, up to the first that ends the output.
+
+        Args:
+            token_ids: New tokens.
+            sources: For each, the drafter that guessed it; "" for the target's own.
+            drafted: Sources of the draft tokens that were scored for them.
+            logprobs: One entry per token, if the request asks for them.
+            is_pass: Whether they are what a pass of the target brought, as for `add_step`.
+        """
+        token_ids = self._cut(token_ids)
         logprobs = tuple(logprobs[: len(token_ids)])
         self.logprobs += logprobs
-        sources = [draft.source[node] for node in verdict.path] + [""]
         sources = sources[: len(token_ids)]
         self.token_ids += token_ids
-        self.stats.add_step(draft.source[1:], sources)
+        self.stats.add_step(drafted, sources, is_pass=is_pass)
         is_finished = self.finish_reason is not None
         text = self.text_stream.take()
         if is_finished:

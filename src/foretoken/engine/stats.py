@@ -16,7 +16,9 @@ class RequestStats:
 
     Args:
         num_tokens: Tokens emitted.
-        num_steps: Passes of the target that emitted at least one token.
+        num_steps: Passes of the target that emitted at least one token. Where it runs loop by
+            loop, as many loops as it has count as one pass, the first of them at once.
+        num_ticks: Loops, where it runs loop by loop.
         num_draft_tokens: Draft tokens scored, root not counted.
         drafted_by: The same by drafter; a token that several proposed counts for each.
         num_accepted: Draft tokens emitted.
@@ -29,6 +31,7 @@ class RequestStats:
 
     num_tokens: int = 0
     num_steps: int = 0
+    num_ticks: int = 0
     num_draft_tokens: int = 0
     drafted_by: Counter[str] = field(default_factory=Counter)
     num_accepted: int = 0
@@ -71,19 +74,31 @@ class RequestStats:
         if not self.num_tokens:
             self.num_cached_prompt_tokens = num_cached
 
-    def add_step(self, drafted: Sequence[str], sources: Sequence[str]) -> None:
-        """Count one step.
+    def add_tick(self, num_loops: int) -> None:
+        """Count one loop of a target that has so many."""
+        self.num_steps += self.num_ticks % num_loops == 0
+        self.num_ticks += 1
+
+    def add_drafted(self, drafted: Sequence[str]) -> None:
+        """Count draft tokens that were scored, by their sources."""
+        self.num_draft_tokens += len(drafted)
+        _count(self.drafted_by, drafted)
+
+    def add_step(
+        self, drafted: Sequence[str], sources: Sequence[str], *, is_pass: bool = True
+    ) -> None:
+        """Count what one step brought.
 
         Args:
             drafted: Sources of the draft tokens that were scored.
             sources: Sources of the tokens that were emitted; "" for the target.
+            is_pass: Whether it was a pass of the target; else its loops are counted one by one.
         """
         accepted = [source for source in sources if source]
-        self.num_steps += 1
+        self.num_steps += is_pass
         self.num_tokens += len(sources)
-        self.num_draft_tokens += len(drafted)
+        self.add_drafted(drafted)
         self.num_accepted += len(accepted)
-        _count(self.drafted_by, drafted)
         _count(self.accepted_by, accepted)
         now_s = time.perf_counter()
         if self._first_token_s is None:

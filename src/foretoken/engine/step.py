@@ -1,7 +1,7 @@
 """The one step: schedule, order, propose, choose, forward, verify, commit, emit.
 
 Prefill is a step with a prompt chunk in place of a tree; plain decoding is a step with an empty
-draft. There is no other loop.
+draft. The one other loop is `pipelined`, for targets that run loop by loop.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,10 +61,40 @@ class Scored:
     span: slice
 
 
-def run_step(parts: StepParts) -> list[Emission]:
-    """Advance every scheduled request by one pass of the target; at least a token each."""
+class Loop(Protocol):
+    """How an engine gets on: `WholePasses`, or one that is in the middle of several tokens."""
+
+    def step(self, parts: StepParts) -> list[Emission]:
+        """Advance every running request."""
+        ...
+
+    def forget(self, request_id: str) -> None:
+        """Forget a request that has ended or lost its place; unknown ones are ignored."""
+        ...
+
+    def num_in_flight(self, request_id: str) -> int:
+        """Return how many tokens of a request are on their way through the target."""
+        ...
+
+
+class WholePasses(Loop):
+    """One pass of the target per step, which leaves nothing behind but tokens."""
+
+    def step(self, parts: StepParts) -> list[Emission]:
+        """Advance every running request by one pass; at least a token each."""
+        return run_pass(parts, parts.scheduler.schedule())[0]
+
+    def forget(self, request_id: str) -> None:
+        """Forget nothing."""
+
+    def num_in_flight(self, request_id: str) -> int:  # noqa: ARG002 - the same for all
+        """Return 0: between steps, nothing is."""
+        return 0
+
+
+def run_pass(parts: StepParts, works: Sequence[Work]) -> tuple[list[Emission], int]:
+    """Advance requests by one pass of the target; return what they got, and the pass's rows."""
     times, start_s = StepTimes(), perf_counter()
-    works = parts.scheduler.schedule()
     orders = parts.planner.order(works)
     drafts = parts.planner.choose(works, propose(parts, works, orders, times))
     with parts.cache.speculate([work.sequence for work in works]) as cache:
@@ -85,7 +116,7 @@ def run_step(parts: StepParts) -> list[Emission]:
     tell_drafters(parts.drafters, orders, scored, verdicts, output)
     times.total_s = perf_counter() - start_s
     parts.planner.observe(works, drafts, verdicts, times)
-    return emissions
+    return emissions, batch.num_rows
 
 
 def propose(
@@ -95,7 +126,7 @@ def propose(
     proposed: dict[int, list[Draft]] = {}
     for place, (label, drafter) in enumerate(parts.drafters.items()):
         indices = [index for index, order in enumerate(orders) if label in order]
-        if not indices:
+        if not indices or drafter.needs.in_flight:  # in a whole pass, nothing is
             continue
         start_s = perf_counter()
         contexts = [
@@ -103,7 +134,7 @@ def propose(
         ]
         drafts = drafter.propose(contexts)
         if len(drafts) != len(indices):
-            raise _violation(label, f"{len(drafts)} drafts for {len(indices)} contexts")
+            raise violation(label, f"{len(drafts)} drafts for {len(indices)} contexts")
         for index, context, draft in zip(indices, contexts, drafts, strict=True):
             check_draft(label, draft, context, parts.target.info.vocab_size)
             proposed.setdefault(index, []).append(draft.renamed(label.partition("#")[0], label))
@@ -155,7 +186,10 @@ def emit(
                 logprobs = output_logprobs(
                     rows, verdict, request.sampler, params, request.token_ids
                 )
-            emissions.append(request.accept(verdict, it.draft, logprobs))
+            sources = [*(it.draft.source[node] for node in verdict.path), ""]
+            emissions.append(
+                request.take(verdict.token_ids, sources, it.draft.source[1:], logprobs)
+            )
     return emissions
 
 
@@ -206,16 +240,16 @@ def _outcome(it: Scored, verdict: Verdict, output: ForwardOutput, num_top: int) 
         request_id=it.work.request.request_id,
         verdict=verdict,
         draft=it.draft,
-        top_ids=_top_ids(output.logits[it.span], num_top) if num_top else NO_TOP_IDS,
+        top_ids=top_ids(output.logits[it.span], num_top) if num_top else NO_TOP_IDS,
     )
 
 
-def _top_ids(logits: Tensor, num_top: int) -> NDArray[np.int64]:
+def top_ids(logits: Tensor, num_top: int) -> NDArray[np.int64]:
     """Return the likeliest tokens of each row, best first, [N, num_top]; -1 for want of more."""
-    top_ids = np.full((len(logits), num_top), -1, np.int64)
+    found = np.full((len(logits), num_top), -1, np.int64)
     for row, token_ids in enumerate(best_tokens(logits, num_top)[0]):
-        top_ids[row, : len(token_ids)] = token_ids
-    return top_ids
+        found[row, : len(token_ids)] = token_ids
+    return found
 
 
 def _hidden_layers(drafters: Mapping[str, Drafter], works: Sequence[Work]) -> list[int]:
@@ -273,10 +307,11 @@ def check_draft(label: str, draft: Draft, context: DraftContext, vocab_size: int
     elif min(tree.token_ids) < 0 or max(tree.token_ids) >= vocab_size:
         problem = f"a draft with token ids outside [0, {vocab_size}): {tree.token_ids}"
     if problem:
-        raise _violation(label, problem)
+        raise violation(label, problem)
 
 
-def _violation(label: str, problem: str) -> DrafterError:
+def violation(label: str, problem: str) -> DrafterError:
+    """Return the error that says how a drafter has broken its contract."""
     return DrafterError(
         f"drafter {label!r} returned {problem}",
         hint="this is a bug in the drafter; leave it out until it is mended",

@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 
 from foretoken.core.verdict import Exactness
+from foretoken.errors import UnsupportedModelError
 from foretoken.models.batch import RaggedBatch, Segment
 from foretoken.models.cache import BLOCK_SIZE, KVCache
+from foretoken.models.in_flight import InFlightBatch, TickOutput, TickPass
+from foretoken.models.loops import LoopShape
 from foretoken.models.partial import LayerSet, RemainingRows
 from foretoken.models.pools import LayerShape
 
@@ -52,6 +55,8 @@ class ModelInfo:
         exactness: Bitwise if the bits of a row's logits depend on its own past alone, whatever
             shares the pass and however the past was fed; else numerical.
         inexact_because: Which layer or operation stands against bitwise, where that is known.
+        loops: How its layers are shared; None where each has weights of its own. `num_layers` and
+            `kv_layers` count a layer as often as it runs.
     """
 
     name: str
@@ -66,6 +71,7 @@ class ModelInfo:
     kv_layers: tuple[LayerShape, ...]
     exactness: Exactness = Exactness.NUMERICAL
     inexact_because: str = ""
+    loops: LoopShape | None = None
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -80,6 +86,10 @@ class ForwardPass(Protocol):
         self, batch: RaggedBatch, rows: Sequence[int], hidden_layers: Sequence[int]
     ) -> ForwardOutput:
         """Run all rows; arguments and result as for `LanguageModel.forward`."""
+        ...
+
+    def embed(self, batch: RaggedBatch) -> Tensor:
+        """Return what the first layer takes of all rows of a batch, [R, D]."""
         ...
 
     def with_layers(self, layers: LayerSet, *, own_cache: bool) -> PartialPass:
@@ -128,6 +138,7 @@ class LanguageModel:
         self.info = info
         self._forward_pass = forward_pass
         self._parts: dict[LayerSet, PartialPass] = {}  # what passes that go on with states run
+        self._ticks: TickPass | None = None
 
     @property
     def forward_pass(self) -> ForwardPass:
@@ -154,7 +165,7 @@ class LanguageModel:
                 f"got {layers}"
             )
         kv_layers = tuple(self.info.kv_layers[layer] for layer in layers.attention)
-        info = replace(self.info, num_layers=len(kv_layers), kv_layers=kv_layers)
+        info = replace(self.info, num_layers=len(kv_layers), kv_layers=kv_layers, loops=None)
         return LayerView(info, self._forward_pass.with_layers(layers, own_cache=True), layers)
 
     def new_cache(self, num_tokens: int) -> KVCache:
@@ -195,6 +206,39 @@ class LanguageModel:
             if min(hidden_layers, default=remaining.num_layers) >= remaining.num_layers:
                 return self._resume(batch, remaining, rows, hidden_layers)
         return self._forward_pass.forward(batch, rows, hidden_layers)
+
+    def tick(self, batch: InFlightBatch, states: Tensor | None, rows: Sequence[int]) -> TickOutput:
+        """Run one loop of the shared layers for all rows, each the loop at its own depth.
+
+        Rows at depth 0 enter through embedding and prelude. Those that have all loops behind
+        them afterwards run the coda, and their logits are the model's own; earlier ones are what
+        final norm and head make of the state so far. Tick by tick, a token gets the bits of an
+        ordinary pass wherever the model's exactness is bitwise.
+
+        Args:
+            batch: Its keys and values are written into its cache. A row's ancestors in flight
+                are in the batch, or have been this deep before.
+            states: What the last tick gave for each row, [R, D]; rows at depth 0 are ignored.
+                None where all rows are.
+            rows: Rows of the flat batch whose logits are wanted, in the order wanted.
+
+        Raises:
+            UnsupportedModelError: The model's layers have weights of their own each.
+            ValueError: A depth is beyond the last loop, or states are missing.
+        """
+        if self.info.loops is None:
+            raise UnsupportedModelError(
+                f"{self.info.name}: no layers share their weights, so rows at different "
+                "depths have no pass in common",
+                hint="use a drafter that does not draft inside the target's pass",
+            )
+        if self._ticks is None:
+            self._ticks = TickPass(
+                self.info.loops,
+                lambda layers: self._part(LayerSet.of(layers)),
+                self._forward_pass.embed,
+            )
+        return self._ticks.run(batch, states, rows)
 
     def _resume(
         self,

@@ -7,7 +7,7 @@ through the model's own forward, so there is no hidden state between calls.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,6 +18,7 @@ from transformers import AttentionInterface
 from foretoken.errors import UnsupportedModelError
 from foretoken.models.attention_kernels import attend_layer
 from foretoken.models.batch import RaggedBatch
+from foretoken.models.in_flight import InFlightBatch
 from foretoken.models.pools import as_array
 from foretoken.models.threads import run_together
 
@@ -193,6 +194,36 @@ class CompiledAttention:
         return out
 
 
+class InFlightAttention:
+    """Attention of rows at different depths: depth by depth, each with its loop's keys and values.
+
+    Args:
+        batch: The rows of the pass; their keys and values go into its cache.
+    """
+
+    def __init__(self, batch: InFlightBatch) -> None:
+        shift_of = dict(zip(batch.depths, batch.layout.shifts.tolist(), strict=True))
+        self._parts = [
+            (
+                shift,
+                torch.tensor(batch.rows_at(depth), device=batch.cache.device),
+                _backend_for(batch.at_depth(depth)),
+            )
+            for depth, shift in shift_of.items()
+        ]
+
+    def attend(self, call: AttentionCall) -> Tensor:
+        """Compute a layer's attention for the rows of each depth in turn."""
+        if len(self._parts) == 1:
+            shift, _, backend = self._parts[0]
+            return backend.attend(replace(call, layer=call.layer + shift))
+        out = call.query.new_empty(*call.query.shape[:2], call.value.shape[2])
+        for shift, rows, backend in self._parts:
+            states = {name: getattr(call, name)[rows] for name in ("query", "key", "value")}
+            out[rows] = backend.attend(replace(call, layer=call.layer + shift, **states))
+        return out
+
+
 def _flat(tensor: Tensor) -> np.ndarray:
     """Return a tensor as a flat array that shares its memory if it is contiguous."""
     return as_array(tensor.reshape(-1))
@@ -206,6 +237,10 @@ def _sinks(sinks: Tensor | None, num_heads: int) -> np.ndarray:
 
 def attention_for(batch: RaggedBatch) -> AttentionBackend:
     """Return the fastest attention there is for a batch's device and dtype."""
+    return InFlightAttention(batch) if isinstance(batch, InFlightBatch) else _backend_for(batch)
+
+
+def _backend_for(batch: RaggedBatch) -> AttentionBackend:
     pool = batch.cache.keys[0]
     if pool.device.type == "cpu" and pool.dtype in COMPILED_DTYPES:
         return CompiledAttention(batch)

@@ -126,12 +126,12 @@ class ReferenceLayout:
 
     def __init__(self, batch: RaggedBatch) -> None:
         self._batch = batch
-        self.shape = (len(batch.segments), max(batch.lengths), max(batch.num_keys))
+        self.shape = (len(batch.lengths), max(batch.lengths), max(batch.num_keys))
         self._biases: dict[tuple[int | None, torch.dtype], Tensor] = {}
         self.key_slots = self._build_key_slots()
         self.pad_rows: Tensor | None = None
         self.unpad_rows: Tensor | None = None
-        if len(batch.segments) * max(batch.lengths) != batch.num_rows:
+        if len(batch.lengths) * max(batch.lengths) != batch.num_rows:
             self._build_padding(max(batch.lengths))
 
     @property

@@ -10,6 +10,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from foretoken.models.decoder_config import ROPE_TYPES
 from foretoken.models.draft_shape import DraftShape
 from foretoken.models.draft_vocabulary import SPECIAL_IDS, DraftVocabulary, check_vocabulary
+from foretoken.models.looped import LoopedLlamaConfig, register
+from foretoken.models.loops import LoopShape
 from foretoken.models.trainable import TrainableModel
 
 DEFAULT_THETA = 10_000.0
@@ -20,6 +22,7 @@ def blank_model(
     shape: DraftShape,
     *,
     vocabulary: DraftVocabulary | None = None,
+    loops: LoopShape | None = None,
     seed: int = 0,
 ) -> TrainableModel:
     """Return a model with random weights, on the target's device; the same seed gives the same.
@@ -31,15 +34,19 @@ def blank_model(
         target: Its tokens, their tokenizer, its context and whether its head is its embedding.
         shape: What to make.
         vocabulary: The tokens that it can say, if the shape has fewer than the target.
+        loops: Which of the shape's layers share their weights; None for none.
         seed: Of the weights.
 
     Raises:
-        ConfigError: Shape and vocabulary do not go together.
+        ConfigError: Shape and vocabulary, or shape and loops, do not go together.
     """
     check_vocabulary(shape, vocabulary, target.vocab_size)
     config = _llama_config(target, shape)
+    if loops is not None:
+        config = LoopedLlamaConfig.of_llama(config, loops)
     if vocabulary is not None:
         vocabulary.write_into(config)
+    register()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

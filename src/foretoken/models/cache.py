@@ -17,37 +17,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
 from foretoken.errors import CapacityError
-from foretoken.models.layout import (
-    HEADER,
-    PER_SEGMENT,
-    Tables,
-    choose_paths,
-    lay_out,
-    packed_size,
-    unpack,
-)
+from foretoken.models.layout import Tables, unpack
+from foretoken.models.layout_kernels import choose_paths, keep_nodes
 from foretoken.models.pools import LayerShape, Pools
 from foretoken.models.prefix import ROOT, BlockPool
+from foretoken.models.staging import CachedSequence, pack_new, pack_staged
 
 BLOCK_SIZE = 16
-
-
-@dataclass(eq=False, slots=True)
-class CachedSequence:
-    """One sequence's place in the cache; a handle, changed only by its `KVCache`."""
-
-    index: int  # of its row in the cache's tables
-    num_cached: int = 0
-    num_staged: int = 0  # nodes fed since the last commit
-    num_shared: int = 0  # leading blocks that are registered for their tokens
-    blocks: list[int] = field(default_factory=list)
-    is_open: bool = True
 
 
 class KVCache:
@@ -226,49 +207,43 @@ class KVCache:
             ValueError: A parent does not come before its child, or there are fewer or more token
                 ids than nodes; nothing has changed.
         """
-        numbers: list[int] = []
-        num_rows = num_keys = num_staged = 0
+        firsts = [sequence.num_staged for sequence in sequences]
         try:
             for sequence, nodes in zip(sequences, parents, strict=True):
-                num_cached, first, length = sequence.num_cached, sequence.num_staged, len(nodes)
-                num_positions = num_cached + first + length
+                num_staged = sequence.num_staged + len(nodes)
+                num_positions = sequence.num_cached + num_staged
                 if num_positions > len(sequence.blocks) * BLOCK_SIZE:
                     self._reserve(sequence, num_positions)
-                if first + length > self._tables.parents.shape[1]:
-                    self._tables.widen_nodes(first + length)
-                sequence.num_staged = first + length
-                numbers += (sequence.index, num_cached, first, length)
-                num_rows += length
-                num_keys += num_positions
-                num_staged += first + length
-            num_segments, num_described = len(sequences), len(numbers)
-            for ids in token_ids:
-                numbers += ids
-            if len(numbers) != num_described + num_rows:
-                num_ids = len(numbers) - num_described
-                raise ValueError(f"{num_rows} nodes have a token id each; got {num_ids}")
-            for nodes in parents:
-                numbers += nodes
-            header = (num_segments, num_rows, num_keys, num_staged)
-            packed = np.empty(packed_size(*header), np.int64)
-            packed[:HEADER] = header
-            tables = self._tables
-            row = lay_out(
-                np.array(numbers, np.int64),
-                num_segments,
-                tables.slots,
-                tables.parents,
-                tables.depths,
-                packed,
-            )
-            if row >= 0:
-                raise _orphan(row, numbers[2:num_described:PER_SEGMENT], parents)
+                if num_staged > self._tables.parents.shape[1]:
+                    self._tables.widen_nodes(num_staged)
+                sequence.num_staged = num_staged
+            return pack_new(self._tables, sequences, token_ids, parents)
         except BaseException:
-            for sequence, first in zip(sequences, numbers[2::PER_SEGMENT], strict=False):
+            for sequence, first in zip(sequences, firsts, strict=True):
                 sequence.num_staged = first
                 self._trim(sequence)
             raise
-        return packed
+
+    def lay_out_staged(
+        self,
+        sequences: Sequence[CachedSequence],
+        firsts: Sequence[int],
+        token_ids: Sequence[Sequence[int]],
+    ) -> np.ndarray:
+        """Lay out a pass over nodes that are staged already.
+
+        Args:
+            sequences: Open ones; one that comes more than once has a segment each time.
+            firsts: For each segment, its first node among the staged ones of its sequence.
+            token_ids: For each segment, of its nodes, which follow one another.
+
+        Returns:
+            The packed layout, for `layout.unpack`.
+
+        Raises:
+            ValueError: A sequence has not staged so many nodes.
+        """
+        return pack_staged(self._tables, sequences, firsts, token_ids)
 
     def commit(self, accepted: Sequence[tuple[CachedSequence, Sequence[int]]]) -> None:
         """Keep one path of staged nodes per sequence, in order from the top, and drop the rest.
@@ -298,6 +273,47 @@ class KVCache:
         for sequence, nodes in accepted:
             sequence.num_cached += len(nodes)
             self.rollback(sequence)
+
+    def advance(self, sequence: CachedSequence, path: Sequence[int], kept: Sequence[int]) -> None:
+        """Make a path of staged nodes cached and keep some of those below it staged.
+
+        Nodes that stay are renumbered in order. Nothing is moved where all nodes before the last
+        that stays are on the path or stay too, as in a chain.
+
+        Args:
+            sequence: An open sequence.
+            path: Indices among the staged nodes, from the top; may be empty.
+            kept: Likewise, ascending; each hangs on the last of the path (if that is empty, on
+                the last cached position) or on one that is kept.
+
+        Raises:
+            ValueError: The nodes are no path, or one that is kept hangs elsewhere; nothing has
+                changed.
+        """
+        nodes = np.array((*path, *kept), np.int64)
+        moves = np.empty((2, len(nodes)), np.int64)
+        tables, row = self._tables, sequence.index
+        num_moves = keep_nodes(
+            nodes,
+            len(path),
+            sequence.num_cached,
+            sequence.num_staged,
+            tables.slots[row],
+            tables.parents[row],
+            tables.depths[row],
+            moves,
+        )
+        if num_moves < 0:
+            node, role = nodes[-1 - num_moves], "accepted" if -num_moves <= len(path) else "kept"
+            raise ValueError(
+                f"staged node {node} cannot be {role}: accepted are {list(path)}, a path from the "
+                f"top, kept are {list(kept)}, ascending and below its end"
+            )
+        if num_moves:
+            self._pools.move(moves, num_moves)
+        sequence.num_cached += len(path)
+        sequence.num_staged = len(kept)
+        self._trim(sequence)
 
     def rollback(self, sequence: CachedSequence) -> None:
         """Forget all staged nodes and free the blocks that only they used."""
@@ -375,11 +391,4 @@ class KVCache:
         self._blocks.check(owners)
 
 
-def _orphan(row: int, firsts: Sequence[int], parents: Sequence[Sequence[int]]) -> ValueError:
-    """Say which node does not come after its parent; `firsts` were staged before, per segment."""
-    segment = 0
-    while row >= len(parents[segment]):
-        row -= len(parents[segment])
-        segment += 1
-    node = firsts[segment] + row
-    return ValueError(f"node {node} needs a parent in [-1, {node}); got {parents[segment][row]}")
+__all__ = ["BLOCK_SIZE", "CachedSequence", "KVCache", "LayerShape"]

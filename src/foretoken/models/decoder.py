@@ -26,6 +26,7 @@ from foretoken.models.decoder_kernels import (
     run_pass,
 )
 from foretoken.models.kernels import padded
+from foretoken.models.loops import LoopShape
 from foretoken.models.partial import LayerSet
 from foretoken.models.products import PANEL
 from foretoken.models.threads import entry_point, run_together
@@ -60,13 +61,20 @@ class RotaryTable:
         return self._table
 
 
-def _plan(layers: LayerSet, num_layers: int, *, own_cache: bool) -> np.ndarray:
-    """Return which parts of each layer run, and where keys and values lie; see `run_pass`."""
-    plan = np.zeros((num_layers, 2), np.int64)
-    plan[:, 0] = -1
-    plan[list(layers.attention), 0] = layers.cache_indices(own_cache=own_cache)
-    plan[list(layers.mlp), 1] = 1
+def _plan(layers: LayerSet, stored_layers: Sequence[int], *, own_cache: bool) -> np.ndarray:
+    """Return which parts of each layer run with which parameters and keys; see `run_pass`."""
+    plan = np.zeros((len(stored_layers), 3), np.int64)
+    plan[:, 0] = stored_layers
+    plan[:, 1] = -1
+    plan[list(layers.attention), 1] = layers.cache_indices(own_cache=own_cache)
+    plan[list(layers.mlp), 2] = 1
     return plan
+
+
+def _bytes_read(weights: Weights, num_layers: int) -> int:
+    """Return about how much a pass reads, layers that share parameters counted each."""
+    num_bytes: int = sum(array.nbytes for array in weights)
+    return num_bytes * num_layers // len(weights.windows)
 
 
 class CompiledDecoder:
@@ -76,15 +84,23 @@ class CompiledDecoder:
         shape: Its sizes.
         weights: Its parameters.
         rotary: Its position encoding.
+        loops: Which layers share their parameters, if any do.
     """
 
-    def __init__(self, shape: Shape, weights: Weights, rotary: RotaryTable) -> None:
+    def __init__(
+        self,
+        shape: Shape,
+        weights: Weights,
+        rotary: RotaryTable,
+        loops: LoopShape | None = None,
+    ) -> None:
         self._shape = shape
         self._weights = weights
         self._rotary = rotary
-        self._bytes: int = sum(array.nbytes for array in weights)
-        self._num_layers = len(weights.windows)
-        self._plan = _plan(LayerSet.all(self._num_layers), self._num_layers, own_cache=True)
+        self._stored = loops.stored_layers if loops else range(len(weights.windows))
+        self._num_layers = len(self._stored)
+        self._bytes = _bytes_read(weights, self._num_layers)
+        self._plan = _plan(LayerSet.all(self._num_layers), self._stored, own_cache=True)
         self._no_hidden = (
             np.full(self._num_layers + 1, -1),
             np.empty((0, 0, shape.hidden), np.float32),
@@ -97,9 +113,9 @@ class CompiledDecoder:
     def with_layers(self, layers: LayerSet, *, own_cache: bool) -> CompiledDecoder:
         """Return a decoder that runs some of the layers; arguments as for `ForwardPass`."""
         view = copy.copy(self)
-        view._plan = _plan(layers, self._num_layers, own_cache=own_cache)
+        view._plan = _plan(layers, self._stored, own_cache=own_cache)
         num_parts = len(layers.attention) + len(layers.mlp)
-        view._bytes = self._bytes * num_parts // (2 * self._num_layers)  # only chooses threads
+        view._bytes = self._bytes * num_parts // (2 * self._num_layers)
         view._buffers, view._num_buffered = (), 0
         return view
 
@@ -108,9 +124,16 @@ class CompiledDecoder:
         clone = copy.copy(self)
         clone._shape = self._shape._replace(vocab=other._shape.vocab)
         clone._weights = self._weights._replace(head=other._weights.head)
-        clone._bytes = sum(array.nbytes for array in clone._weights)
+        clone._bytes = _bytes_read(clone._weights, self._num_layers)
         clone._buffers, clone._num_buffered, clone._run_pass = (), 0, None
         return clone
+
+    def embed(self, batch: RaggedBatch) -> Tensor:
+        """Return the embedding of all rows of a batch, [R, D] float32."""
+        rows = self._weights.embedding.reshape(-1, self._shape.hidden)[batch.layout.token_ids]
+        if rows.dtype == np.uint16:  # the upper half of a float32
+            rows = (rows.astype(np.uint32) << 16).view(np.float32)
+        return torch.from_numpy(rows)
 
     def forward(
         self,

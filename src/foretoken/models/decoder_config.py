@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+from foretoken.models.loops import MODEL_TYPE as LOOPED
+
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", LOOPED)
 # The others change their frequencies with the length of the batch, or are not known here.
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
@@ -29,6 +31,14 @@ _REQUIRED_OF = {
     "mistral": {"sliding_window"},
     "qwen2": {"use_sliding_window"},
     "qwen3": {"use_sliding_window", "attention_bias", "head_dim"},
+    LOOPED: {
+        "attention_bias",
+        "mlp_bias",
+        "prelude_layers",
+        "group_layers",
+        "num_loops",
+        "coda_layers",
+    },
 }
 
 

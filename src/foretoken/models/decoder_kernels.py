@@ -142,8 +142,8 @@ def copy_rows(x, stride, out):
 
 @jit
 def _add_attention(
-    shape, weights, layout, layer, at_layer, keys, values, rotary, buffers, normed, state, counter,
-    arrivals, num_threads,
+    shape, weights, layout, layer, cache_layer, layer_size, keys, values, rotary, buffers, normed,
+    state, counter, arrivals, num_threads,
 ):  # fmt: skip
     """Add one layer's attention to the residual stream; return the counter and the arrivals."""
     x, qkv, mixed, projected = buffers[:4]
@@ -176,6 +176,7 @@ def _add_attention(
     task = threads.claim(state, counter)
     while task < num_segments * shape.kv_heads:
         segment, head = divmod(task, shape.kv_heads)
+        at_layer = (cache_layer + layout.shifts[segment]) * layer_size
         attend_heads(
             shape, weights, layout, layer, at_layer, segment, head, qkv, qkv_stride, keys, values,
             rotary, mixed,
@@ -257,9 +258,10 @@ def run_pass(
 
     Args:
         shape: Sizes of the model.
-        weights: Its parameters, matrices packed, layer after layer.
-        plan: For each layer where its attention lies in the cache, -1 to leave it out, and
-            whether its feed-forward part runs, [L, 2].
+        weights: Its parameters, matrices packed, layer after layer; layers that share them have
+            them once.
+        plan: For each layer where its parameters are, where its attention lies in the cache, -1
+            to leave it out, and whether its feed-forward part runs, [L, 3].
         layer_size: Numbers that one layer has in `keys`, and in `values`.
         packed_layout: The rows of the batch, for `unpack`.
         initial: States of the rows to begin with, [R, hidden]; no rows for the embedding.
@@ -277,7 +279,7 @@ def run_pass(
     """
     x = buffers[0]
     layout = unpack_compiled(packed_layout)
-    num_rows, num_layers = len(layout.token_ids), len(weights.windows)
+    num_rows, num_layers = len(layout.token_ids), len(plan)
     hidden, depth = shape.hidden, kernels.round_up(shape.hidden, 2)
     stride = kernels.round_up(hidden, PANEL)
     # Each thread has its own, so that nobody waits; of the type of the matrices, padding zero.
@@ -296,14 +298,15 @@ def run_pass(
         counter += 1
         if hidden_index[layer] >= 0 and threads.claim(state, counter) == 0:
             copy_rows(x, stride, states[hidden_index[layer]])
-        if plan[layer, 0] >= 0:
+        stored = plan[layer, 0]
+        if plan[layer, 1] >= 0:
             counter, arrivals = _add_attention(
-                shape, weights, layout, layer, plan[layer, 0] * layer_size, keys, values, rotary,
+                shape, weights, layout, stored, plan[layer, 1], layer_size, keys, values, rotary,
                 buffers, normed, state, counter, arrivals, num_threads,
             )  # fmt: skip
-        if plan[layer, 1]:
+        if plan[layer, 2]:
             counter, arrivals = add_mlp(
-                shape, weights, layer, num_rows, buffers, normed, state, counter, arrivals,
+                shape, weights, stored, num_rows, buffers, normed, state, counter, arrivals,
                 num_threads,
             )  # fmt: skip
 

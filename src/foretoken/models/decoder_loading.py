@@ -17,6 +17,7 @@ from foretoken.errors import ModelError
 from foretoken.models.decoder import CompiledDecoder, RotaryTable
 from foretoken.models.decoder_kernels import Shape, Weights
 from foretoken.models.kernels import LANES, is_finite, pack, packed_shape, padded
+from foretoken.models.loops import LoopShape
 from foretoken.models.pools import LayerShape, as_array
 from foretoken.models.products import PANEL
 
@@ -141,7 +142,8 @@ def load_decoder(
     weights = _read_weights(reader, config, shape)
     rotary = RotaryTable(*rotary_frequencies(config, head_dim))
     layers = (LayerShape(kv_heads, head_dim, head_dim),) * config.num_hidden_layers
-    return CompiledDecoder(shape, weights, rotary), layers, reader.num_parameters
+    decoder = CompiledDecoder(shape, weights, rotary, LoopShape.of(config))
+    return decoder, layers, reader.num_parameters
 
 
 class _Reader:
@@ -222,8 +224,9 @@ def _read_weights(reader: _Reader, config: Any, shape: Shape) -> Weights:
         parts |= {f"self_attn.{x}_proj.bias": (size,) for x, size in sizes.items()}
     if config.model_type == "qwen3":
         parts |= {f"self_attn.{x}_norm.weight": (head_dim,) for x in "qk"}
-    stacks = _Stacks(config.num_hidden_layers, embedding.dtype)
-    for layer in range(config.num_hidden_layers):
+    windows = _windows(config)
+    stacks = _Stacks(len(windows), embedding.dtype)
+    for layer in range(len(windows)):
         prefix = f"model.layers.{layer}."
         read = reader.read({prefix + name: size for name, size in parts.items()})
         stacks.fill(layer, {name: read[prefix + name] for name in parts})
@@ -231,7 +234,7 @@ def _read_weights(reader: _Reader, config: Any, shape: Shape) -> Weights:
         embedding=embedding.reshape(-1),
         final_norm=found["model.norm.weight"],
         head=head.reshape(-1),
-        windows=np.array(list(_windows(config))),
+        windows=np.array(windows),
         **stacks.flat(),
     )
 
@@ -306,13 +309,15 @@ def alternated(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
     return both.reshape(2 * num_rows, -1)
 
 
-def _windows(config: Any) -> Iterator[int]:
-    """Yield for each layer the positions that a row sees, itself included; 0 for all."""
+def _windows(config: Any) -> list[int]:
+    """Return for each stored layer the positions that a row sees, itself included; 0 for all."""
+    if loops := LoopShape.of(config):
+        return [0] * loops.num_stored
     window = getattr(config, "sliding_window", None) or 0
     kinds: Sequence[str] | None = getattr(config, "layer_types", None)
-    for layer in range(config.num_hidden_layers):
-        is_sliding = kinds[layer] == "sliding_attention" if kinds else True
-        yield window if is_sliding else 0
+    if kinds is None:
+        return [window] * config.num_hidden_layers
+    return [window if kind == "sliding_attention" else 0 for kind in kinds]
 
 
 def _rotary_dim(config: Any, head_dim: int) -> int:

@@ -28,6 +28,8 @@ class Layout(NamedTuple):
         node_starts: The same for `parents` and `depths`.
         num_cached: Cached positions of each segment's sequence, [B].
         first_staged: Index of each segment's first row among the staged nodes, [B].
+        shifts: How many layers further in the cache than a pass says each segment's keys and
+            values lie, [B]; 0 except where segments share a pass at different depths.
         slots: For each segment, where its cached positions and then its staged nodes lie.
         parents: For each segment, of all staged nodes; -1 is the last cached position.
         depths: For each segment, of all staged nodes.
@@ -41,6 +43,7 @@ class Layout(NamedTuple):
     node_starts: np.ndarray
     num_cached: np.ndarray
     first_staged: np.ndarray
+    shifts: np.ndarray
     slots: np.ndarray
     parents: np.ndarray
     depths: np.ndarray
@@ -94,7 +97,7 @@ def packed_size(num_segments: int, num_rows: int, num_keys: int, num_staged: int
         HEADER
         + 3 * num_rows
         + 3 * (num_segments + 1)
-        + 2 * num_segments
+        + 3 * num_segments
         + (num_keys + 2 * num_staged)
     )
 
@@ -108,7 +111,8 @@ def _unpack(packed: np.ndarray) -> Layout:
     node_starts = key_starts + num_segments + 1
     num_cached = node_starts + num_segments + 1
     first_staged = num_cached + num_segments
-    slots = first_staged + num_segments
+    shifts = first_staged + num_segments
+    slots = shifts + num_segments
     parents = slots + num_keys
     depths = parents + num_staged
     return Layout(
@@ -119,7 +123,8 @@ def _unpack(packed: np.ndarray) -> Layout:
         packed[key_starts:node_starts],
         packed[node_starts:num_cached],
         packed[num_cached:first_staged],
-        packed[first_staged:slots],
+        packed[first_staged:shifts],
+        packed[shifts:slots],
         packed[slots:parents],
         packed[parents:depths],
         packed[depths : depths + num_staged],
@@ -132,125 +137,3 @@ unpack_compiled = jit(_unpack)
 def unpack(packed: np.ndarray) -> Layout:
     """Return the parts of a layout, which share its memory."""
     return _unpack(packed)
-
-
-@jit
-def lay_out(
-    numbers: np.ndarray,
-    num_segments: int,
-    slot_table: np.ndarray,
-    parent_table: np.ndarray,
-    depth_table: np.ndarray,
-    packed: np.ndarray,
-) -> int:
-    """Stage the new nodes of all segments and lay out the batch.
-
-    Args:
-        numbers: For each segment its sequence's index in the tables, its numbers of cached
-            positions, of nodes staged before and of new ones; then the token ids of all segments;
-            then all parents.
-        num_segments: B.
-        slot_table: Slot of each position of each sequence.
-        parent_table: Parent of each staged node of each sequence; written to.
-        depth_table: Its depth; written to.
-        packed: Written to; of `packed_size`, its header filled in.
-
-    Returns:
-        -1, or the first row whose parent does not come before it. Tables may have changed then,
-        but only behind the nodes staged before.
-    """
-    layout = unpack_compiled(packed)
-    num_rows = packed[1]
-    token_ids = numbers[PER_SEGMENT * num_segments :]
-    parents = token_ids[num_rows:]
-    layout.token_ids[:] = token_ids[:num_rows]
-    row, key, node = 0, 0, 0
-    for segment in range(num_segments):
-        at = PER_SEGMENT * segment
-        index, num_cached = numbers[at], numbers[at + 1]
-        first, num_new = numbers[at + 2], numbers[at + 3]
-        num_staged = first + num_new
-        slots, all_parents, depths = slot_table[index], parent_table[index], depth_table[index]
-        layout.row_starts[segment] = row
-        layout.key_starts[segment] = key
-        layout.node_starts[segment] = node
-        layout.num_cached[segment] = num_cached
-        layout.first_staged[segment] = first
-        for staged in range(first, num_staged):
-            parent = parents[row]
-            if parent < -1 or parent >= staged:
-                return row
-            depth = 0 if parent < 0 else depths[parent] + 1
-            all_parents[staged], depths[staged] = parent, depth
-            layout.positions[row] = num_cached + depth
-            layout.new_slots[row] = slots[num_cached + staged]
-            row += 1
-        for position in range(num_cached + num_staged):
-            layout.slots[key + position] = slots[position]
-        for staged in range(num_staged):
-            layout.parents[node + staged] = all_parents[staged]
-            layout.depths[node + staged] = depths[staged]
-        key += num_cached + num_staged
-        node += num_staged
-    layout.row_starts[num_segments] = row
-    layout.key_starts[num_segments] = key
-    layout.node_starts[num_segments] = node
-    return -1
-
-
-@jit
-def choose_paths(
-    numbers: np.ndarray,
-    num_sequences: int,
-    slot_table: np.ndarray,
-    parent_table: np.ndarray,
-    moves: np.ndarray,
-) -> int:
-    """Find what has to be moved for one path of staged nodes per sequence to be cached.
-
-    Args:
-        numbers: For each sequence its index in the tables, its numbers of cached positions, of
-            staged nodes and of nodes on the path; then the nodes of all paths.
-        num_sequences: How many.
-        slot_table: Slot of each position of each sequence.
-        parent_table: Parent of each staged node of each sequence.
-        moves: Written to, [2, nodes]: sources, then targets, path by path from the top.
-
-    Returns:
-        How many moves there are; if something is no path, -1 - its index.
-    """
-    nodes = numbers[PER_SEGMENT * num_sequences :]
-    num_moves, first = 0, 0
-    for place in range(num_sequences):
-        at = PER_SEGMENT * place
-        index, num_cached = numbers[at], numbers[at + 1]
-        num_staged, length = numbers[at + 2], numbers[at + 3]
-        above = -1
-        for depth in range(length):
-            node = nodes[first + depth]
-            if node < 0 or node >= num_staged or parent_table[index, node] != above:
-                return -1 - place
-            above = node
-            if node != depth:
-                moves[0, num_moves] = slot_table[index, num_cached + node]
-                moves[1, num_moves] = slot_table[index, num_cached + depth]
-                num_moves += 1
-        first += length
-    return num_moves
-
-
-@jit
-def move_slots(pool: np.ndarray, moves: np.ndarray, num_moves: int) -> None:
-    """Copy what some slots hold into others, one after the other.
-
-    Args:
-        pool: [layers, slots, bytes] uint8.
-        moves: Sources and targets, [2, at least `num_moves`].
-        num_moves: How many.
-    """
-    num_bytes = pool.shape[2]
-    for layer in range(len(pool)):
-        for move in range(num_moves):
-            source, target = moves[0, move], moves[1, move]
-            for i in range(num_bytes):  # thirteen times as fast as to assign slices
-                pool[layer, target, i] = pool[layer, source, i]

@@ -18,6 +18,7 @@ from foretoken.models.decoder_config import is_plain_decoder
 from foretoken.models.decoder_loading import DTYPES as COMPILED_DTYPES
 from foretoken.models.decoder_loading import HeldTensors, load_decoder
 from foretoken.models.files import context_limit
+from foretoken.models.loops import LoopShape
 from foretoken.models.modules import adapt_module, check_supported
 
 Fingerprint = tuple[tuple[Any, ...], ...]
@@ -115,6 +116,7 @@ def _compiled(module: PreTrainedModel, name: str) -> LanguageModel:
         device=module.device,
         kv_layers=kv_layers,
         exactness=Exactness.BITWISE,
+        loops=LoopShape.of(config),
     )
     return LanguageModel(info, decoder)
 

@@ -22,6 +22,7 @@ from foretoken.models.decoder_loading import (
 )
 from foretoken.models.draft_vocabulary import DraftVocabulary, ReducedModel
 from foretoken.models.files import SMALL_ON_CPU, context_limit, unreadable
+from foretoken.models.loops import LoopShape
 
 DTYPES = {
     "float32": torch.float32,
@@ -95,6 +96,7 @@ def _load_compiled(path: str, config: Any, wanted: str) -> LanguageModel | None:
         device=torch.device("cpu"),
         kv_layers=kv_layers,
         exactness=Exactness.BITWISE,
+        loops=LoopShape.of(config),
     )
     return LanguageModel(info, decoder)
 
@@ -170,6 +172,9 @@ def load_config(path: str) -> Any:
     source = str(directory) if looks_local else path
     from transformers import AutoConfig
 
+    from foretoken.models.looped import register
+
+    register()
     try:
         return AutoConfig.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # what transformers and the hub raise has no common base

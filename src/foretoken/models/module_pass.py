@@ -59,6 +59,12 @@ class ModulePass:
         return ModuleView(self._module, self._name, layers, own_cache=own_cache)
 
     @torch.inference_mode()
+    def embed(self, batch: RaggedBatch) -> Tensor:
+        """Return the embedding of all rows of a batch, [R, D]."""
+        states: Tensor = self._module.get_input_embeddings()(batch.token_ids)
+        return states
+
+    @torch.inference_mode()
     def forward(
         self, batch: RaggedBatch, rows: Sequence[int], hidden_layers: Sequence[int]
     ) -> ForwardOutput:

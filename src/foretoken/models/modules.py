@@ -15,8 +15,12 @@ from foretoken.models.adapter import LanguageModel, ModelInfo
 from foretoken.models.attention import DECODER_HINT, IMPLEMENTATION
 from foretoken.models.files import SMALL_ON_CPU, context_limit, eos_ids, unreadable
 from foretoken.models.invariance import check_invariance
+from foretoken.models.looped import register
+from foretoken.models.loops import LoopShape
 from foretoken.models.module_pass import ModulePass
 from foretoken.models.packing import check_finite, is_packable, pack_module
+
+register()  # Auto classes know looped models from here on
 
 SUPPORTED_LAYER_TYPES = {"full_attention", "sliding_attention"}
 
@@ -79,6 +83,7 @@ def adapt_module(
         dtype=module.dtype,
         device=module.device,
         kv_layers=forward_pass.kv_layers,
+        loops=LoopShape.of(config),
     )
     report = check_invariance(LanguageModel(info, forward_pass), module)
     info = replace(info, exactness=report.exactness, inexact_because=report.reason)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -47,10 +48,12 @@ def pack_module(module: PreTrainedModel, dtype: torch.dtype | None = None) -> No
     # Held while its children change, so no layer that is to be freed may be among them.
     leaves = (*_LINEAR, InvariantActivation)
     parents = [layer for layer in module.modules() if type(layer) not in leaves]
+    replacements: WeakKeyDictionary[nn.Module, nn.Module | None] = WeakKeyDictionary()
     for parent in parents:
         for name, child in list(parent.named_children()):
-            replacement = _replacement(child, dtype)
-            if replacement is not None:
+            if child not in replacements:  # layers that are shared stay so
+                replacements[child] = _replacement(child, dtype)
+            if (replacement := replacements[child]) is not None:
                 setattr(parent, name, replacement)
         if is_experts(parent):
             pack_experts(parent, dtype)

@@ -268,6 +268,7 @@ class _SegmentParts:
             np.cumsum([0, *num_nodes]),
             self._num_cached,
             self._first_staged,
+            np.zeros(len(self._rows)),
             *self._slots,
             *self._parents,
             *self._depths,

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from foretoken.models.layout import move_slots
+from foretoken.models.layout_kernels import move_slots
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -104,6 +105,17 @@ def head_logits(model: TrainableModel, states: Tensor) -> Tensor:
     return logits
 
 
+def compile_layers(model: TrainableModel) -> None:
+    """Let torch compile the decoder layers, each when it first runs; weights and names stay.
+
+    Args:
+        model: Of a family whose layers are in a list called layers.
+    """
+    stack: Any = model.module.base_model
+    for layer in stack.layers:
+        layer.compile()
+
+
 def load_trainable(path: str | Path, *, device: str = "auto") -> TrainableModel:
     """Load a causal language model to be trained.
 
@@ -168,6 +180,7 @@ def save_trainable(model: TrainableModel, folder: Path, card: str) -> None:
 
 __all__ = [
     "TrainableModel",
+    "compile_layers",
     "head_logits",
     "last_states",
     "load_trainable",

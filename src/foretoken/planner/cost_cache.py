@@ -8,6 +8,7 @@ import logging
 import os
 import platform
 import tempfile
+from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
@@ -51,11 +52,23 @@ def load_or_measure(
         budget_s: Seconds for measuring.
         on_progress: Told of every round of measuring; not called if the curve is there.
     """
-    wanted = identity(model)
+    return load_or_make(
+        identity(model),
+        lambda: measure_cost(model, budget_s=budget_s, on_progress=on_progress),
+    )
+
+
+def load_or_make(wanted: dict[str, Any], make: Callable[[], CostCurve]) -> CostCurve:
+    """Return the curve that is kept on disk for something, or make it and keep it.
+
+    Args:
+        wanted: All that decides what the curve is, as a JSON object; see `identity`.
+        make: Measures it.
+    """
     path = cache_folder() / "cost" / f"{_digest(wanted)}.json"
     curve = _load(path, wanted)
     if curve is None:
-        curve = measure_cost(model, budget_s=budget_s, on_progress=on_progress)
+        curve = make()
         _save(path, wanted, curve)
     return curve
 
@@ -238,4 +251,4 @@ def _save(path: Path, wanted: dict[str, Any], curve: CostCurve) -> None:
         _log.info("cost file %s cannot be written, so nothing is kept: %s", path, error)
 
 
-__all__ = ["cache_folder", "identity", "load_or_measure", "processor_name"]
+__all__ = ["cache_folder", "identity", "load_or_make", "load_or_measure", "processor_name"]

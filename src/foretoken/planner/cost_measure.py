@@ -86,6 +86,7 @@ def measure_cost(
     budget_s: float = BUDGET_S,
     on_progress: OnProgress = silent,
     clock: Callable[[], float] = time.perf_counter,
+    bench_class: type[Bench] | None = None,
 ) -> CostCurve:
     """Time passes of a model and return their curve.
 
@@ -97,9 +98,10 @@ def measure_cost(
         budget_s: Seconds that it may take.
         on_progress: Told of every round.
         clock: Seconds from any fixed moment.
+        bench_class: What runs the passes; ordinary ones if None.
     """
     contexts = Contexts.of(model)
-    bench = _Bench(model, contexts, clock)
+    bench = (bench_class or Bench)(model, contexts, clock)
     cases = choose_cases(contexts, bench.probe(), budget_s)
     samples = [bench.run(cases)]
     num_rounds = choose_rounds(float(samples[0].sum()), budget_s)
@@ -138,7 +140,7 @@ def choose_cases(contexts: Contexts, probe_s: Sequence[float], budget_s: float) 
     return cases
 
 
-class _Bench:
+class Bench:
     """Sequences with context, and timed passes over new rows of them."""
 
     def __init__(
@@ -170,18 +172,21 @@ class _Bench:
 
     def _time(self, case: Case) -> float:
         sequences = self._choose_sequences(case)
-        chain = range(-1, case.num_rows - 1)
         with self._cache.speculate(sequences):
-            segments = [
-                Segment(sequence, self._draw_ids(case.num_rows), chain) for sequence in sequences
-            ]
-            batch = self._model.batch(self._cache, segments)
-            rows = range(batch.num_rows)
+            run = self._prepare(sequences, case.num_rows)
             self._wait()
             start_s = self._clock()
-            self._model.forward(batch, rows)
+            run()
             self._wait()
             return self._clock() - start_s
+
+    def _prepare(self, sequences: Sequence[CachedSequence], num_rows: int) -> Callable[[], object]:
+        """Return a pass over so many new rows of each sequence, a chain, ready to be run."""
+        chain = range(-1, num_rows - 1)
+        segments = [Segment(sequence, self._draw_ids(num_rows), chain) for sequence in sequences]
+        batch = self._model.batch(self._cache, segments)
+        rows = range(batch.num_rows)
+        return lambda: self._model.forward(batch, rows)
 
     def _choose_sequences(self, case: Case) -> list[CachedSequence]:
         if case.is_long:
@@ -325,6 +330,7 @@ def _quartile(ms: NDArray[np.float64]) -> NDArray[np.float64]:
 
 __all__ = [
     "BUDGET_S",
+    "Bench",
     "Case",
     "Contexts",
     "choose_cases",

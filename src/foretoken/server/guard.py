@@ -10,9 +10,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
+from torch import Tensor
+
 from foretoken.core.draft import Draft
 from foretoken.core.params import SamplingParams
 from foretoken.drafters.base import DraftContext, Drafter, Outcome, RequestView, StandingStates
+from foretoken.drafters.in_flight import Growth, InFlightDrafter, InFlightNode
 from foretoken.engine.engine import Engine
 from foretoken.engine.step import check_draft
 from foretoken.models.batch import RowStates
@@ -60,6 +63,12 @@ class GuardedDrafter:
         if drafts is None:
             return [Draft.empty(context.token_ids[-1]) for context in contexts]
         return drafts
+
+    def grow(self, nodes: Sequence[InFlightNode], logits: Tensor, exit_loop: int) -> list[Growth]:
+        """Return what the drafter makes of rows in flight; nothing if it is broken."""
+        drafter = cast(InFlightDrafter, self.drafter)  # no other is asked
+        growths = self._guarded(lambda: drafter.grow(nodes, logits, exit_loop), otherwise=None)
+        return [Growth(None)] * len(nodes) if growths is None else growths
 
     def observe(self, standing: Sequence[StandingStates]) -> None:
         """Pass it on."""

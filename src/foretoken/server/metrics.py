@@ -109,7 +109,9 @@ class ServerMetrics(Observer, Collector):
             "dtype": str(parts.target.info.dtype).removeprefix("torch."),
             "device": parts.target.info.device.type,
         }
-        if engine.drafters:
+        # Loop by loop there are no steps of plain decoding to compare with.
+        is_pipelined = any(it.needs.in_flight for it in engine.drafters.values())
+        if engine.drafters and not is_pipelined:
             self.meter.pace = PlainPace(self._measure(parts.target))
         planner = MeteringPlanner(parts.planner, self.meter)
         engine.parts = dataclasses.replace(parts, planner=planner)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from foretoken.errors import ConfigError
+from foretoken.training.optimizers import OPTIMIZERS, Optimizer
 from foretoken.training.precision import PRECISIONS, accelerated
 from foretoken.training.storage import write_atomically
 
@@ -37,25 +38,29 @@ class LoopConfig:
 
     Args:
         num_steps: Updates of the weights.
-        learning_rate: The highest; AdamW's.
+        learning_rate: The highest.
         num_warmup_steps: Steps in which the rate rises linearly; after them it falls along a
-            cosine to a tenth.
+            cosine.
+        final_share: Share of the highest rate that the cosine ends with.
         weight_decay: Of matrices; vectors such as norms have none.
         max_grad_norm: Longer gradients are shortened to it.
         num_checkpoint_steps: Steps between checkpoints.
         seed: Of everything random in the modules, such as dropout.
         precision: "float32", "bfloat16" (weights and their updates stay in float32), or "auto":
             bfloat16 on GPUs that compute with it.
+        optimizer: One of `training.optimizers.OPTIMIZERS`.
     """
 
     num_steps: int
     learning_rate: float = 5e-4
     num_warmup_steps: int = 20
+    final_share: float = 0.1
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
     num_checkpoint_steps: int = 50
     seed: int = 0
     precision: str = "float32"
+    optimizer: str = "adamw"
 
     def __post_init__(self) -> None:
         for name in ("num_steps", "num_checkpoint_steps"):
@@ -75,13 +80,19 @@ class LoopConfig:
                 f"got {self.precision!r}",
                 hint="change precision",
             )
+        if self.optimizer not in OPTIMIZERS:
+            raise ConfigError(
+                f"optimizer is {' or '.join(OPTIMIZERS)}; got {self.optimizer!r}",
+                hint="change optimizer",
+            )
 
     def rate(self, step: int) -> float:
         """Return the learning rate of a step, the first one being 0."""
         if step < self.num_warmup_steps:
             return self.learning_rate * (step + 1) / self.num_warmup_steps
         done = (step - self.num_warmup_steps) / max(1, self.num_steps - self.num_warmup_steps)
-        return self.learning_rate * (0.55 + 0.45 * math.cos(math.pi * done))
+        falling = 0.5 + 0.5 * math.cos(math.pi * done)
+        return self.learning_rate * (self.final_share + (1 - self.final_share) * falling)
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +177,7 @@ def train(
             gradients or weights are no longer finite; or accelerate is not installed.
     """
     parameters = [weight for weight in module.parameters() if weight.requires_grad]
-    optimizer = _optimizer(parameters, config)
+    optimizer = OPTIMIZERS[config.optimizer](module, config.weight_decay)
     device = _device(module)
     with _own_randomness(device), accelerated(device, config.precision) as accelerator:
         torch.manual_seed(config.seed)
@@ -211,16 +222,6 @@ def _cut(items: list[int], size: int) -> list[list[int]]:
     return [items[start : start + size] for start in range(0, len(items), size)]
 
 
-def _optimizer(parameters: Sequence[Tensor], config: LoopConfig) -> torch.optim.AdamW:
-    decayed = [weight for weight in parameters if weight.dim() >= 2]
-    others = [weight for weight in parameters if weight.dim() < 2]
-    groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95))
-
-
 def _own_randomness(device: torch.device) -> AbstractContextManager[None]:
     """Give the process its random state back afterwards: a library is a guest."""
     devices = [device] if device.type == "cuda" else []
@@ -243,7 +244,7 @@ def _check_finite(is_finite: bool, what: str, num_kept: int) -> None:
 def _save(
     path: Path,
     module: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     config: LoopConfig,
     losses: list[float],
 ) -> None:
@@ -266,7 +267,7 @@ def _write(state: dict[str, Any], path: Path) -> None:
 
 
 def _restore(
-    path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, config: LoopConfig
+    path: Path, module: nn.Module, optimizer: Optimizer, config: LoopConfig
 ) -> list[float]:
     """Load a checkpoint into module, optimizer and random state; return the losses so far."""
     device = _device(module)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Protocol
+from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from foretoken.core.draft import Draft, SiblingDraw
 from foretoken.core.sampling import Sampler
 from foretoken.core.verdict import Exactness, Verdict
+from foretoken.errors import ConfigError
 
 
 class TargetRows:
@@ -68,3 +69,63 @@ class Verifier(Protocol):
             token_ids: Prompt and output so far; the last one is the draft's root.
         """
         ...
+
+
+class NextToken(NamedTuple):
+    """What a rule says after one node.
+
+    Args:
+        token_id: The target's next token.
+        child: The child that carries it and stands; None if none does.
+    """
+
+    token_id: int
+    child: int | None
+
+
+@runtime_checkable
+class NodeRule(Protocol):
+    """A verifier that can settle one node by itself, before anything deeper is known.
+
+    Where a node's final row is there long before those of its children, as in a pipeline of
+    loops, there is no whole draft to verify. Rules that judge a path as a whole have no such
+    entry. Settling one node after the other gives what `verify` gives in law, and for coupled
+    rules in tokens.
+    """
+
+    def decide_next(
+        self, draft: Draft, rows: TargetRows, sampler: Sampler, token_ids: Sequence[int]
+    ) -> NextToken:
+        """Return the target's next token, and the child that stands if one does.
+
+        Args:
+            draft: The root and its children, with the draws that made them in the order of
+                drawing; nothing deeper.
+            rows: The target's logits at the root: one row.
+            sampler: Makes the request's choices.
+            token_ids: Prompt and output so far; the last one is the root. A rule's dice depend on
+                the request's seed and on how many these are, on nothing else.
+
+        Raises:
+            RequestError: The siblings were drawn in a way that the rule is not exact for.
+        """
+        ...
+
+
+def as_node_rule(name: str, verifier: Verifier) -> NodeRule:
+    """Return a verifier as one that settles single nodes.
+
+    Args:
+        name: As registered, for the message.
+        verifier: Any.
+
+    Raises:
+        ConfigError: It judges whole drafts only.
+    """
+    if not isinstance(verifier, NodeRule):
+        raise ConfigError(
+            f"verifier {name!r} judges whole paths; drafters that draft inside the target's pass "
+            f"need a rule that settles one token after the other",
+            hint="use the verifier coupled, or mss for samples, or another drafter",
+        )
+    return verifier

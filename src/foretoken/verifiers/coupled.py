@@ -8,8 +8,8 @@ from typing import ClassVar
 from foretoken.core.draft import Draft, SiblingDraw
 from foretoken.core.sampling import Sampler
 from foretoken.core.verdict import Exactness, Verdict
-from foretoken.verifiers.base import TargetRows
-from foretoken.verifiers.walk import follow_target
+from foretoken.verifiers.base import NextToken, TargetRows
+from foretoken.verifiers.walk import choose_next, follow_target
 
 
 class CoupledVerifier:
@@ -37,3 +37,9 @@ class CoupledVerifier:
     ) -> Verdict:
         """Walk down from the root as far as the target's own choices go."""
         return follow_target(draft.tree, rows, sampler, token_ids)
+
+    def decide_next(
+        self, draft: Draft, rows: TargetRows, sampler: Sampler, token_ids: Sequence[int]
+    ) -> NextToken:
+        """Take the target's own choice, and the child that carries it."""
+        return choose_next(draft.tree, rows, sampler, token_ids)

@@ -12,8 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-Probs = NDArray[np.float64]
-"""Probabilities of all tokens, [V]."""
+from foretoken.core.residual import Probs, excess, residual
 
 
 class Dice(Protocol):
@@ -56,23 +55,6 @@ def ratio(numerator: float, denominator: float) -> float:
     return 1 if numerator >= denominator else numerator / denominator
 
 
-def excess(probs: Probs, other: Probs) -> Probs:
-    """Return max(0, probs - other) for each token, not normalised."""
-    positive: Probs = np.maximum(probs - other, 0)
-    return positive
-
-
-def residual(probs: Probs, other: Probs) -> Probs:
-    """Return what `probs` has more than `other`, as a distribution.
-
-    If it has nothing more, the two are equal and nothing sampled from `other` is ever rejected;
-    only rounding leads here. `probs` then stands, so that a choice is still one of the target's.
-    """
-    rest = excess(probs, other)
-    total = rest.sum()
-    return rest / total if total > 0 else probs
-
-
 def without(probs: Probs, token_id: int) -> Probs:
     """Return the distribution of the next draw if this token was drawn and not put back.
 
@@ -89,3 +71,15 @@ def point_mass(token_id: int, like: NDArray[Any]) -> Probs:
     probs = np.zeros_like(like)
     probs[token_id] = 1
     return probs
+
+
+__all__ = [
+    "Dice",
+    "GeneratorDice",
+    "Probs",
+    "excess",
+    "point_mass",
+    "ratio",
+    "residual",
+    "without",
+]

@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import ClassVar
 
 from foretoken.core.draft import Draft, SiblingDraw
-from foretoken.core.tree import ROOT
-from foretoken.verifiers.dice import Dice
-from foretoken.verifiers.probabilistic import Decision, ProbabilisticVerifier, TargetProbs
-from foretoken.verifiers.walk import follow
+from foretoken.verifiers.dice import Dice, Probs, point_mass
+from foretoken.verifiers.probabilistic import NodewiseVerifier
+from foretoken.verifiers.walk import child_with
 
 
-class NaiveVerifier(ProbabilisticVerifier):
+class NaiveVerifier(NodewiseVerifier):
     """Samples from the target at each node; descends while a child carries the token.
 
     What is emitted are the target's own samples, whatever was drafted and however. Unlike
@@ -34,7 +33,10 @@ class NaiveVerifier(ProbabilisticVerifier):
     def check(self, draft: Draft) -> None:
         """Take every draft: what it holds has no influence on what is sampled."""
 
-    def decide(self, draft: Draft, target_probs: TargetProbs, dice: Dice) -> Decision:
-        """Descend as far as the samples go."""
-        verdict = follow(draft.tree, lambda node, _: dice.draw(target_probs(node)))
-        return Decision((ROOT, *verdict.path)[-1], verdict.final_id)
+    @staticmethod
+    def _test_draws(
+        draft: Draft, node: int, target_probs: Probs, dice: Dice
+    ) -> tuple[int | None, Probs]:
+        """Return the child that carries the sample, or None and the sample as a distribution."""
+        token_id = dice.draw(target_probs)
+        return child_with(draft.tree, node, token_id), point_mass(token_id, target_probs)

@@ -12,9 +12,9 @@ from foretoken.core.sampling import Sampler
 from foretoken.core.tree import ROOT, TokenTree
 from foretoken.core.verdict import Exactness, FinalKind, Verdict
 from foretoken.errors import RequestError
-from foretoken.verifiers.base import TargetRows
+from foretoken.verifiers.base import NextToken, TargetRows
 from foretoken.verifiers.dice import Dice, GeneratorDice, Probs
-from foretoken.verifiers.walk import follow_target
+from foretoken.verifiers.walk import choose_next, follow_target
 
 TargetProbs = Callable[[int], Probs]
 """Maps a node to the target's distribution of the token after it, every control applied.
@@ -70,8 +70,7 @@ class ProbabilisticVerifier(ABC):
             return follow_target(draft.tree, rows, sampler, token_ids)
         self.check(draft)
         target_probs = _Target(draft.tree, rows, sampler, token_ids)
-        dice = GeneratorDice(sampler.generator(Stream.VERIFY, len(token_ids)))
-        decision = self.decide(draft, target_probs, dice)
+        decision = self.decide(draft, target_probs, dice_of(sampler, token_ids))
         target_probs.report_failure(decision.node)
         return as_verdict(draft.tree, decision)
 
@@ -145,10 +144,31 @@ class NodewiseVerifier(ProbabilisticVerifier):
         """Descend until no draw is accepted."""
         node = ROOT
         while True:
-            child, rest = self._test_draws(draft, node, target_probs(node), dice)
+            token_id, child = self.settle(draft, node, target_probs(node), dice)
             if child is None:
-                return Decision(node, dice.draw(rest))
+                return Decision(node, token_id)
             node = child
+
+    def decide_next(
+        self, draft: Draft, rows: TargetRows, sampler: Sampler, token_ids: Sequence[int]
+    ) -> NextToken:
+        """Settle the root of a draft; see `NodeRule`.
+
+        Raises:
+            RequestError: The siblings were drawn in a way that the rule is not exact for.
+        """
+        if sampler.is_greedy:
+            return choose_next(draft.tree, rows, sampler, token_ids)
+        self.check(draft)
+        target_probs = sampler.distribution(rows.logits[ROOT], token_ids)
+        return self.settle(draft, ROOT, target_probs, dice_of(sampler, token_ids))
+
+    def settle(self, draft: Draft, node: int, target_probs: Probs, dice: Dice) -> NextToken:
+        """Return the token after a node, and the child that stands if one does."""
+        child, rest = self._test_draws(draft, node, target_probs, dice)
+        if child is None:
+            return NextToken(dice.draw(rest), None)
+        return NextToken(draft.tree.token_ids[child], child)
 
     @staticmethod
     @abstractmethod
@@ -190,6 +210,11 @@ class _Target:
         for step in self._tree.path(node):
             if step in self._failures:
                 self._sampler.fail(*self._failures[step])
+
+
+def dice_of(sampler: Sampler, token_ids: Sequence[int]) -> Dice:
+    """Return the dice of what follows some tokens of a request."""
+    return GeneratorDice(sampler.generator(Stream.VERIFY, len(token_ids)))
 
 
 def as_verdict(tree: TokenTree, decision: Decision) -> Verdict:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from foretoken.core.sampling import Sampler
 from foretoken.core.tree import ROOT, TokenTree
 from foretoken.core.verdict import FinalKind, Verdict
-from foretoken.verifiers.base import TargetRows
+from foretoken.verifiers.base import NextToken, TargetRows
 
 
 def follow(tree: TokenTree, choose: Callable[[int, Sequence[int]], int]) -> Verdict:
@@ -23,12 +23,17 @@ def follow(tree: TokenTree, choose: Callable[[int, Sequence[int]], int]) -> Verd
     while True:
         chosen_id = choose(node, emitted)
         emitted.append(chosen_id)
-        matching = [child for child in tree.children[node] if tree.token_ids[child] == chosen_id]
-        if not matching:
+        child = child_with(tree, node, chosen_id)
+        if child is None:
             kind = FinalKind.RECOVERED if tree.children[node] else FinalKind.BONUS
             return Verdict(tuple(nodes), tuple(emitted), kind)
-        node = matching[0]
+        node = child
         nodes.append(node)
+
+
+def child_with(tree: TokenTree, node: int, token_id: int) -> int | None:
+    """Return the first child of a node that carries a token."""
+    return next((it for it in tree.children[node] if tree.token_ids[it] == token_id), None)
 
 
 def follow_target(
@@ -40,3 +45,11 @@ def follow_target(
     which every rule is then.
     """
     return follow(tree, lambda node, path: rows.choose(node, sampler, token_ids, path))
+
+
+def choose_next(
+    tree: TokenTree, rows: TargetRows, sampler: Sampler, token_ids: Sequence[int]
+) -> NextToken:
+    """Let the target choose its own token after the root: the first step of `follow_target`."""
+    chosen_id = rows.choose(ROOT, sampler, token_ids, ())
+    return NextToken(chosen_id, child_with(tree, ROOT, chosen_id))
