@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from foretoken.drafters.prompt_lookup import PromptLookupDrafter, PromptLookupOptions
+from foretoken.drafters.speed import SpeedDrafter, SpeedOptions
 from foretoken.models.modules import adapt_module
 from tests.engines import finish, greedy, make_engine, plain_ids, sampled
 from tests.fakes import build_module, tiny_config
+from tests.looped import looped_module
 
 pytestmark = pytest.mark.gpu
 
@@ -37,3 +39,17 @@ def test_speculation_on_the_device_changes_nothing(models, params):
     finish(engine)
     for request, start in zip(requests, (0, 2), strict=True):
         assert request.output_ids == plain_ids(on_gpu, PROMPT[start:], params)
+
+
+@pytest.mark.parametrize("params", [greedy(24), sampled(24, seed=3, temperature=0.8)])
+def test_rows_in_flight_on_the_device_change_nothing(params):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    module = looped_module(dtype=torch.float64, attn_implementation="foretoken")
+    model = adapt_module(module.to("cuda"), name="cuda")
+    engine = make_engine(model, {"speed": SpeedDrafter(SpeedOptions(), model.info.loops)})
+    requests = [engine.add_request(PROMPT[start:], params) for start in (0, 2)]
+    finish(engine)
+    for request, start in zip(requests, (0, 2), strict=True):
+        assert request.output_ids == plain_ids(model, PROMPT[start:], params)
+        assert request.stats.num_ticks
