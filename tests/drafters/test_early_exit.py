@@ -82,7 +82,7 @@ class Passes:
         original = CompiledDecoder.forward
 
         def watch(decoder, batch, rows, *args):
-            layers = tuple((decoder._plan[:, 0] >= 0).nonzero()[0].tolist())
+            layers = tuple((decoder._plan[:, 1] >= 0).nonzero()[0].tolist())
             self.ran.append((layers, batch.num_rows))
             return original(decoder, batch, rows, *args)
 
