@@ -116,9 +116,9 @@ class Engine:
             max_width=verifier.max_width,
         )
         draws = agree_on_draws(plan.verifier, verifier, self.drafters)
-        self.parts = StepParts(
-            target, cache, scheduler, planner or FixedPlanner(), self.drafters, verifier, draws
-        )
+        in_flight = [label for label, it in self.drafters.items() if it.needs.in_flight]
+        planner = planner or FixedPlanner(aside=in_flight)
+        self.parts = StepParts(target, cache, scheduler, planner, self.drafters, verifier, draws)
         self.loop = choose_loop(target, self.drafters, plan.verifier, verifier, flight_planner)
         self._decode = decode
         self._compile_grammar = compile_grammar

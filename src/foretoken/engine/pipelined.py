@@ -98,7 +98,9 @@ class Pipelined(Loop):
 
         Under sequential plans those go on that have rows on their way.
         """
-        flights = {}
+        flights: dict[str, Flight] = {}
+        if plan.is_sequential and not self._flights:
+            return flights
         for work in works:
             flight = self._flights.get(work.request_id)
             if flight is None or flight.sequence is not work.sequence:  # it was thrown back

@@ -126,7 +126,7 @@ def propose(
     proposed: dict[int, list[Draft]] = {}
     for place, (label, drafter) in enumerate(parts.drafters.items()):
         indices = [index for index, order in enumerate(orders) if label in order]
-        if not indices or drafter.needs.in_flight:  # in a whole pass, nothing is
+        if not indices:
             continue
         start_s = perf_counter()
         contexts = [

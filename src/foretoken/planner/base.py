@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -122,14 +122,21 @@ class PassingPlanner(Planner):
 
 
 class FixedPlanner(Planner):
-    """Every drafter drafts in every step, within the bounds, and all of it is scored."""
+    """Every drafter drafts in every step, within the bounds, and all of it is scored.
+
+    Args:
+        aside: Labels of drafters that have nothing to say before a pass.
+    """
+
+    def __init__(self, aside: Collection[str] = ()) -> None:
+        self._aside = frozenset(aside)
 
     def order(self, shares: Sequence[Share]) -> list[Order]:
         """Return the request's own bounds for each of its drafters."""
         return [
             {}
             if share.budget is None or share.budget.is_empty
-            else dict.fromkeys(share.drafters, share.budget)
+            else {label: share.budget for label in share.drafters if label not in self._aside}
             for share in shares
         ]
 
