@@ -193,10 +193,53 @@ def test_a_way_that_does_not_pay_is_not_taken_for_the_steps_after_a_prompt_was_r
     for beside in ([], [prompt]) * 10:
         planner.order(shares[:2])  # another number of requests, so that the next step is planned
         planner.order([*shares, *beside])
+        after = planner.order(shares)
         if not planner._is_trial:
             num_plans += 1
-            assert planner.order(shares) == [{}] * 4
+            assert after == [{}] * 4
     assert num_plans >= 10
+
+
+def test_while_a_plan_holds_what_is_free_to_draft_is_longer_where_it_is_likely():
+    simulated = machine(SMALL, good=0.1, copy=SimulatedDrafter(0.8, claimed=-0.2))
+    planner = simulated.planner()
+    simulated.run(planner, num_steps=1500)
+    budget = DraftBudget(max_nodes=16, max_depth=16)
+    share = SimulatedShare("r0", ("model", "copy"), budget)
+    [order] = planner.order([share])
+    while planner._step is not None or planner._is_trial or planner._choice[0] != ("copy",):
+        [order] = planner.order([share])
+    size = planner._choices["r0"][1]
+    num_asked = order["copy"].max_nodes
+    assert num_asked > size > 0
+
+    def kept(claim):
+        tree = TokenTree.chain([1] * (1 + num_asked))
+        logprobs = (0.0, *[claim] * num_asked)
+        draft = Draft.from_drafter("copy", tree, draft_logprobs=logprobs)
+        return planner.choose([share], [draft])[0].tree.num_draft_tokens
+
+    assert kept(-0.01) > size
+    assert kept(-4.0) == size
+
+
+def test_where_nobody_may_have_a_drafter_nothing_is_planned():
+    read = 0
+
+    def clock():
+        nonlocal read
+        read += 1
+        return 0.001 * read
+
+    planner = AdaptivePlanner(
+        CostModel(SMALL), ["model"], max_nodes=4, first_guess={"model": 0.9}, clock=clock
+    )
+    budget = DraftBudget(max_nodes=4, max_depth=4)
+    for _ in range(20):
+        assert planner.order([SimulatedShare("plain", (), budget)]) == [{}]
+    assert read == 0
+    planner.order([SimulatedShare("plain", (), budget), SimulatedShare("own", ("model",), budget)])
+    assert read > 0
 
 
 def test_a_curve_that_falls_gives_no_rows_for_less_than_nothing():

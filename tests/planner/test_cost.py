@@ -173,10 +173,10 @@ def test_passes_that_the_curve_does_not_know_teach_nothing(num_rows):
 def test_a_table_is_that_of_the_curve_times_the_correction():
     model = CostModel(CURVE)
     observe(model, 1.7, 200)
-    expected = model.factor(1) * CURVE.row_table(30, 10 * KEYS_STEP, 3)
+    expected = model.factor(1) * CURVE.row_table(30, 3 * 10 * KEYS_STEP, 3)
     # A table is kept until the correction is off by more than `NOTICEABLE`.
     np.testing.assert_allclose(
-        model.row_table(30, 10 * KEYS_STEP - 3, 3), expected, rtol=NOTICEABLE
+        model.row_table(30, 3 * 10 * KEYS_STEP - 3, 3), expected, rtol=NOTICEABLE
     )
 
 
@@ -261,3 +261,18 @@ def test_a_step_never_takes_less_than_its_pass_whatever_the_clock_says():
     for _ in range(50):
         cost.observe_overhead(1, 1, -0.01)
     assert cost.step_table(4, 0, 1)[1] >= cost.pass_ms(1, 0) > 0
+
+
+def test_a_table_of_steps_begins_where_it_is_asked_to_and_never_falls_below_that():
+    falling = CostCurve(rows=(1, 2, 4, 8), base_ms=(1.0, 2.0, 1.5, 4.0))
+    cost = CostModel(falling)
+    for _ in range(50):
+        cost.observe_overhead(1, 3, 0.0003)
+    whole, part = cost.step_table(8, 0, 1), cost.step_table(8, 0, 1, 2)
+    assert len(whole) == 9
+    assert len(part) == 7
+    row_ms = cost.overhead_ms(1, 1) - cost.overhead_ms(1, 0)
+    assert row_ms > 0
+    expected = cost.row_table(8, 0)[2:] + cost.overhead_ms(1, 0) + row_ms * np.arange(2, 9)
+    assert expected[2] < expected[0]
+    np.testing.assert_allclose(part, np.maximum(expected, expected[0]))

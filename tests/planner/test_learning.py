@@ -1,5 +1,6 @@
 """What the planner learns: acceptance, worth of drafts, corrections of costs, and its own pace."""
 
+import itertools
 import math
 import random
 
@@ -165,13 +166,49 @@ def test_planning_stays_under_its_share(step_s):
     assert planned_s / 3900 <= 125e-6 * 1.05
 
 
-def test_a_change_of_the_batch_is_planned_at_once():
+@pytest.mark.parametrize(
+    ("num_before", "num_now", "is_planned"),
+    [(1, 2, True), (2, 3, True), (16, 8, True), (16, 24, True), (16, 15, False), (4, 5, False)],
+)
+def test_another_batch_is_planned_at_once_and_one_request_of_many_makes_none(
+    num_before, num_now, is_planned
+):
     pace = Pace()
     for _ in range(50):
-        if pace.begins_plan(1):
+        if pace.begins_plan(num_before):
             pace.planned(0.001, 0.002)
-    assert not pace.begins_plan(1)
-    assert pace.begins_plan(2)
+    assert not pace.begins_plan(num_before)
+    assert pace.begins_plan(num_now) == is_planned
+
+
+def test_a_batch_that_shrinks_one_by_one_is_planned_when_it_is_another():
+    pace = Pace()
+    for _ in range(50):
+        if pace.begins_plan(16):
+            pace.planned(0.005, 0.002)
+    planned = [count for count in range(15, 0, -1) if pace.begins_plan(count)]
+    assert planned == [10, 6, 4, 2, 1]
+
+
+def test_a_plan_that_is_wanted_sooner_comes_after_half_of_the_time_but_not_at_any_price():
+    plan_s, step_s = 0.0001, 0.0005
+    price = plan_s / (PLANNING_SHARE * step_s)
+
+    def num_steps(ends):
+        pace = Pace()
+        for _ in range(1000):
+            if pace.begins_plan(1):
+                pace.planned(plan_s, step_s + plan_s)
+        while not pace.begins_plan(1):
+            pass
+        pace.planned(plan_s, step_s + plan_s)
+        for _ in range(ends):
+            pace.sooner()
+        return next(count for count in itertools.count() if pace.begins_plan(1))
+
+    assert num_steps(0) == pytest.approx(price, abs=1)
+    assert num_steps(1) == num_steps(0) // 2
+    assert num_steps(16) == pytest.approx(price / 4, abs=1)
 
 
 def test_steps_to_learn_from_are_free_of_planning():
@@ -188,7 +225,7 @@ def test_a_first_plan_that_waited_for_its_code_does_not_space_the_next_ones():
     for plan_s in [0.05] + [0.0004] * 20:
         while not pace.begins_plan(1):
             pass
-        pace.planned(plan_s, plan_s + 0.02)
+        pace.planned(plan_s, plan_s + 0.04)
     assert pace.period == 4  # 0.4 ms each, 0.125 ms a step
 
 

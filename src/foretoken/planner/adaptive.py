@@ -23,7 +23,7 @@ from foretoken.planner.choices import (
     who_drafts,
 )
 from foretoken.planner.cost import CostModel
-from foretoken.planner.drafting import Drafting
+from foretoken.planner.drafting import Drafting, learn_costs
 from foretoken.planner.experience import Experience
 from foretoken.planner.gains import Arm, list_arms
 from foretoken.planner.holding import Holding
@@ -32,6 +32,7 @@ from foretoken.planner.pacing import Pace, Probes, Trials
 
 _ADVANTAGE = 1.02  # how much better a way has to be than the present one to replace it
 _BEYOND_EVERY = 8  # planned steps, after as many at first, in which drafts are larger than planned
+_FREE_GAIN = 0.02  # tokens; a drafter whose levels need bring no more works as long for several
 _TRIAL_STEPS = 5  # of a trial
 _LARGEST_LOSS = 0.4  # of its time that such a step may be expected to waste
 _LEAST_LOSS = 0.01  # of it that it is taken to waste at least
@@ -90,6 +91,7 @@ class AdaptivePlanner(Planner):
         self._present: Arm = ()  # what it prefers, which a trial may replace for some steps
         self._is_trial = False
         self._rate = 0.0  # tokens per millisecond that it promises
+        self._least_prob = 0.0  # of a node beyond the plan's size that is worth its row
         self._num_decoding = 0
         self._has_always = False
         self._num_plans = self._num_probes = 0
@@ -104,7 +106,9 @@ class AdaptivePlanner(Planner):
         """Return for each request who drafts and within which bounds."""
         decoding = [share for share in shares if share.budget is not None]
         self._step = None
-        if decoding and self._pace.begins_plan(len(decoding)):
+        # Where nobody may have a drafter there is nothing to plan.
+        has_choice = any(share.drafters for share in decoding)
+        if has_choice and self._pace.begins_plan(len(decoding)):
             start_s = self._clock()
             wasted = (self._probe,) if self._is_probe_wasted and self._probe is not None else ()
             self._step = PlannedStep(who_drafts(self._choices, wasted))
@@ -133,20 +137,21 @@ class AdaptivePlanner(Planner):
         if budget is None or budget.is_empty:
             return {}
         arm, size = self._choices.get(share.request_id, self._choice)
-        if self._step is not None and self._looks_beyond and size and not self._is_trial:
-            size += 2 + size // 2
         order = {label: budget for label in share.drafters if label in self._always}
-        for label in arm:
-            if label in share.drafters:
-                order[label] = replace(
-                    budget,
-                    max_nodes=min(size, budget.max_nodes),
-                    min_gain=0.0 if self._is_trial else self._level_gain(label),
-                )
+        order |= {it: self._bounds(it, size, budget) for it in arm if it in share.drafters}
         if self._step is not None and self._probe is not None and self._probe in share.drafters:
             size = _PROBE_SIZES[self._num_probes % len(_PROBE_SIZES)]
             order[self._probe] = replace(budget, max_nodes=min(size, budget.max_nodes))
         return order
+
+    def _bounds(self, label: str, size: int, budget: DraftBudget) -> DraftBudget:
+        """Return the bounds of a drafter's draft for a request that is to have so many nodes."""
+        min_gain = 0.0 if self._is_trial else self._level_gain(label)
+        # Where length is free more may be drafted; what is not worth its row is cut away.
+        is_longer = min_gain < _FREE_GAIN if self._step is None else self._looks_beyond
+        if size and is_longer and not self._is_trial:
+            size += 2 + size // 2
+        return replace(budget, max_nodes=min(size, budget.max_nodes), min_gain=min_gain)
 
     @property
     def _looks_beyond(self) -> bool:
@@ -174,7 +179,10 @@ class AdaptivePlanner(Planner):
         best, self._rate = self._best_arm(outlook.rates, plain_rate)
         if best is not None:
             step.draft_ms = float(outlook.draft_ms[best])
-            self._choose_arm(decoding, best, int(outlook.sizes[best]), gains, able)
+            size = int(outlook.sizes[best])
+            self._choose_arm(decoding, best, size, gains, able)
+            twice = min(2 * size, len(step_ms) - 1)
+            self._least_prob = self._rate * float(step_ms[twice] - step_ms[0]) / twice
         self._choose_probe(decoding)
         self._choose_trial(decoding, outlook, gains, able, plain_rate)
 
@@ -250,6 +258,9 @@ class AdaptivePlanner(Planner):
         self._proposed = drafts
         if self._step is None:
             return [self._within(share, draft) for share, draft in zip(shares, drafts, strict=True)]
+        if not any(draft.tree.num_draft_tokens for draft in drafts):
+            self._step.probs = [[1.0]] * len(drafts)  # of the roots
+            return list(drafts)
         start_s, pairs = self._clock(), zip(shares, drafts, strict=True)
         self._step.probs = [self._experience.path_probs(*pair) for pair in pairs]
         chosen = list(drafts) if self._is_trial else self._best_nodes(shares, self._step)
@@ -265,7 +276,9 @@ class AdaptivePlanner(Planner):
         size += sum(not self._always.isdisjoint(source_names(name)) for name in draft.source)
         if draft.tree.num_draft_tokens <= size:
             return draft
-        return draft.keep(draft.tree.top_nodes(self._experience.path_probs(share, draft), size))
+        probs = self._experience.path_probs(share, draft)
+        num_worth = sum(prob >= self._least_prob for prob in probs) - 1  # without the root
+        return draft.keep(draft.tree.top_nodes(probs, max(size, num_worth)))
 
     def _best_nodes(self, shares: Sequence[Share], step: PlannedStep) -> list[Draft]:
         """Return the drafts with the n likeliest nodes of all of them, for the best n."""
@@ -303,7 +316,7 @@ class AdaptivePlanner(Planner):
             self._holding.count(shares, scored, verdicts, times.total_s)
         self._learn_drafting(shares, step.orders, self._proposed, times, step.at_work)
         if self._pace.is_settled and not has_prompts:
-            self._learn_costs(shares, scored, times, step.own_s)
+            learn_costs(self._cost, shares, scored, times, step.own_s)
         step.own_s += self._clock() - start_s
         self._pace.planned(step.own_s, times.total_s)
         if self._is_trial:
@@ -325,7 +338,7 @@ class AdaptivePlanner(Planner):
     ) -> None:
         """Learn from a step that was not planned: tokens are counted, some steps looked at."""
         if self._pace.is_settled:
-            self._learn_costs(shares, scored, times, 0.0)
+            learn_costs(self._cost, shares, scored, times, 0.0)
         if not times.draft_s:
             return
         self._holding.count(shares, scored, verdicts, times.total_s)
@@ -343,16 +356,6 @@ class AdaptivePlanner(Planner):
         num_steps, num_taken = self._holding.take(request_id)
         if size and num_steps:
             self._experience.learn_count(request_id, arm, size, num_steps, num_taken)
-
-    def _learn_costs(
-        self, shares: Sequence[Share], scored: Sequence[Draft], times: StepTimes, own_s: float
-    ) -> None:
-        num_rows = sum(share.num_rows for share in shares)
-        num_rows += sum(draft.tree.num_draft_tokens for draft in scored)
-        num_keys = sum(share.num_keys for share in shares)
-        self._cost.observe_pass(num_rows, num_keys, times.pass_s, len(shares))
-        rest_s = times.total_s - times.pass_s - sum(times.draft_s.values()) - own_s
-        self._cost.observe_overhead(len(shares), num_rows, rest_s)
 
     def _learn_drafting(
         self,
@@ -380,17 +383,16 @@ class AdaptivePlanner(Planner):
         self, shares: Sequence[Share], num_fixed: int, num_nodes: int
     ) -> NDArray[np.float64]:
         """Return what a step takes with so many rows in any case and 0, 1, ... nodes beside."""
-        keys = sum(share.num_keys for share in shares)
-        table_ms = self._cost.step_table(num_fixed + num_nodes, keys, len(shares))[num_fixed:]
-        # A curve that was measured on a busy machine may say that more rows take less.
-        bounded: NDArray[np.float64] = np.maximum(table_ms, table_ms[0])
-        return bounded
+        keys, count = sum(share.num_keys for share in shares), len(shares)
+        # Always as large a table, so that the cost model has it at hand.
+        most = max(num_fixed + num_nodes, count * (1 + self._max_nodes))
+        return self._cost.step_table(most, keys, count, num_fixed)[: num_nodes + 1]
 
     def forget(self, request_id: str) -> None:
         """Forget a request that has ended; what comes next may be another text."""
         self._learn_count(request_id)
         self._trials.begin_text()
-        self._pace.hurry()
+        self._pace.sooner()
         self._experience.forget(request_id)
         self._choices.pop(request_id, None)
         self._orders.pop(request_id, None)

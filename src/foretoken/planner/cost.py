@@ -21,13 +21,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from foretoken.core.jit import jit
 from foretoken.errors import ConfigError
 from foretoken.planner.cost_correction import Correction
 from foretoken.planner.cost_running import RunningCost
 
 NOTICEABLE = 0.02  # the correction that tables carry is kept until it is wrong by so much
 BEYOND = 4  # times the rows that were measured: the curve goes on, and passes still teach
-KEYS_STEP = 16  # tables are made for multiples of so many positions
+KEYS_STEP = 16  # tables are made for multiples of so many positions per request
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,7 +204,8 @@ class CostModel:
 
         It is made again only if the correction or the context moved by more than matters.
         """
-        num_keys = -(-num_keys // KEYS_STEP) * KEYS_STEP
+        step = KEYS_STEP * num_requests
+        num_keys = -(-num_keys // step) * step
         key = (max_rows, num_keys, num_requests, self._applied)
         if key != self._table_key:
             parts = self._parts.get((max_rows, num_requests))
@@ -259,16 +261,21 @@ class CostModel:
         """
         return self._overhead.expect_ms(num_requests, num_rows)
 
-    def step_table(self, max_rows: int, num_keys: int, num_requests: int) -> NDArray[np.float64]:
-        """Return the expected time of a step without its drafters, [max_rows + 1].
+    def step_table(
+        self, max_rows: int, num_keys: int, num_requests: int, num_fixed: int = 0
+    ) -> NDArray[np.float64]:
+        """Return the expected time of steps without their drafters, [max_rows - num_fixed + 1].
 
-        Arguments are those of `row_table`.
+        Args:
+            max_rows: Most rows.
+            num_keys: As for `row_table`.
+            num_requests: Likewise.
+            num_fixed: Least rows; none is said to take less than a step with so many.
         """
+        pass_ms = self.row_table(max_rows, num_keys, num_requests)
         none_ms = self.overhead_ms(num_requests, 0)
         row_ms = self.overhead_ms(num_requests, 1) - none_ms
-        pass_ms = self.row_table(max_rows, num_keys, num_requests)
-        table_ms: NDArray[np.float64] = pass_ms + (none_ms + row_ms * np.arange(max_rows + 1))
-        return table_ms
+        return _step_times(pass_ms, num_fixed, none_ms, row_ms)
 
     def observe_draft(
         self, drafter: str, num_requests: int, num_levels: int, seconds: float
@@ -291,6 +298,20 @@ class CostModel:
         """Return the expected time of a drafter in one step; 0 if it was never seen."""
         running = self._drafts.get(drafter)
         return 0.0 if running is None else running.expect_ms(num_requests, num_levels)
+
+
+@jit
+def _step_times(
+    pass_ms: NDArray[np.float64], num_fixed: int, none_ms: float, row_ms: float
+) -> NDArray[np.float64]:
+    """Return times of passes and what is around them from `num_fixed` rows on."""
+    times = np.empty(len(pass_ms) - num_fixed)
+    for place in range(len(times)):
+        num_rows = num_fixed + place
+        # A curve that was measured on a busy machine may say that more rows take less.
+        ms = pass_ms[num_rows] + none_ms + row_ms * num_rows
+        times[place] = max(ms, times[0]) if place else ms
+    return times
 
 
 __all__ = ["CostCurve", "CostModel", "extended"]

@@ -1,4 +1,4 @@
-"""What drafting costs, learned from the steps themselves."""
+"""What drafting and steps cost, learned from the steps themselves."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from foretoken.core.draft import Draft, source_names
+from foretoken.planner.base import Share, StepTimes
 from foretoken.planner.cost import CostModel
 
 _LEVELS_RATE = 0.2  # weight of the newest draft in the usual depth of a drafter's
@@ -94,6 +95,30 @@ class Drafting:
         return True
 
 
+def learn_costs(
+    cost: CostModel,
+    shares: Sequence[Share],
+    scored: Sequence[Draft],
+    times: StepTimes,
+    own_s: float,
+) -> None:
+    """Have a cost model learn from a step what its pass took, and what was around it.
+
+    Args:
+        cost: Of the target's passes.
+        shares: The step's requests.
+        scored: Their drafts.
+        times: Of the step.
+        own_s: What planning took of it.
+    """
+    num_rows = sum(share.num_rows for share in shares)
+    num_rows += sum(draft.tree.num_draft_tokens for draft in scored)
+    num_keys = sum(share.num_keys for share in shares)
+    cost.observe_pass(num_rows, num_keys, times.pass_s, len(shares))
+    rest_s = times.total_s - times.pass_s - sum(times.draft_s.values()) - own_s
+    cost.observe_overhead(len(shares), num_rows, rest_s)
+
+
 def _levels_of(label: str, draft: Draft) -> int:
     """Return the depth of what a drafter proposed of a draft."""
     depths = draft.tree.depths
@@ -101,4 +126,4 @@ def _levels_of(label: str, draft: Draft) -> int:
     return max(own, default=0)
 
 
-__all__ = ["Drafting"]
+__all__ = ["Drafting", "learn_costs"]

@@ -8,6 +8,8 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import NDArray
 
+from foretoken.core.jit import jit
+
 MOST_PAIRED = 4  # drafters up to which every two of them are a way of their own
 
 _RATE_OF_REQUEST = 0.15  # weight of the newest draft of a request ...
@@ -62,11 +64,10 @@ class Gains:
         self, arms: Sequence[Arm], max_nodes: int, first_guess: Mapping[str, float]
     ) -> None:
         self.arms = list(arms)
-        self._parts = [
-            (place, [self.arms.index((label,)) for label in arm])
-            for place, arm in enumerate(self.arms)
-            if len(arm) > 1
-        ]
+        # The ways of one drafter that each other one is a union of; -1 fills up.
+        self._parts = np.full((len(self.arms), max(map(len, self.arms))), -1)
+        for place, arm in enumerate(self.arms):
+            self._parts[place, : len(arm)] = [self.arms.index((label,)) for label in arm]
         prior = np.array([_prior_gains(arm, max_nodes, first_guess) for arm in arms])
         self._of_all = np.repeat(prior[None], _NUM_CLASSES, axis=0)
         self._all_counts = np.zeros((_NUM_CLASSES, len(self.arms)))
@@ -83,12 +84,7 @@ class Gains:
             requests: Ids and temperature classes.
         """
         rows = [self._row(request_id, kind)[0] for request_id, kind in requests]
-        gains = self._of_request[rows]
-        for arm, parts in self._parts:
-            # No node of a union is likelier than the node of the same rank of all its parts.
-            pooled = -np.sort(-gains[:, parts].reshape(len(rows), -1))[:, : gains.shape[2]]
-            np.minimum(gains[:, arm], pooled, out=gains[:, arm])
-        return gains
+        return _bounded(self._of_request, np.array(rows), self._parts)
 
     def learn(
         self,
@@ -194,6 +190,30 @@ def _prior_gains(arm: Arm, max_nodes: int, first_guess: Mapping[str, float]) -> 
     missed = np.prod([1.0 - first_guess[label] for label in arm])
     gains: NDArray[np.float64] = (1.0 - missed) ** np.arange(1, max_nodes + 1)
     return gains
+
+
+@jit
+def _bounded(
+    gains: NDArray[np.float64], rows: NDArray[np.int64], parts: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """Return some rows of gains; no node of a union is likelier than that rank of all its parts."""
+    result = gains[rows]
+    num_nodes = gains.shape[2]
+    pooled = np.empty(parts.shape[1] * num_nodes)
+    for row in range(len(result)):
+        for arm in range(len(parts)):
+            num_parts = 0
+            for part in parts[arm]:
+                if part >= 0:
+                    first = num_parts * num_nodes
+                    pooled[first : first + num_nodes] = result[row, part]
+                    num_parts += 1
+            if num_parts > 1:
+                ascending = np.sort(pooled[: num_parts * num_nodes])
+                for node in range(num_nodes):
+                    bound = ascending[-1 - node]
+                    result[row, arm, node] = min(result[row, arm, node], bound)
+    return result
 
 
 def _longer(array: NDArray[np.float64], num_more: int) -> NDArray[np.float64]:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-PLANNING_SHARE = 0.01  # of the time of all steps, at most, for planning itself
+PLANNING_SHARE = 0.005  # of the time of all steps, at most, for planning itself
 PLANNING_S = 125e-6  # for planning, at most, per request and step, however long steps are
 PROBING_SHARE = 0.01  # of it, at most, for drafters that are tried and not expected to pay
 
 _FIRST_PLANS = 8  # are made step by step, however short steps are
 _MOST_STEPS = 64  # from one plan to the next
+_HASTE = 4.0  # times as often as their price allows, at most, plans come where texts change
 _UNSETTLED_STEPS = 2  # after a plan and the first step by it
-_LEARNED_EVERY = 8  # steps between plans
+_LEARNED_EVERY = 16  # steps between plans
+_OTHER_BATCH = 1.5  # times as many requests as a plan was made for, or as few, want a new one
 _TRIAL_EVERY = 3  # plans, of which one is replaced by another way if that is nearly as good
 _RATE = 0.1  # weight of the newest plan's price
 _OUTLIER = 4.0  # times what is usual; more counts as no more than that
@@ -23,20 +25,25 @@ _MOST_PATIENCE = 64.0  # planned steps between two trials of a drafter that was 
 class Pace:
     """Spaces plans so that they take no more than a stated share of the time.
 
-    The first few plans, and those at every change of the number of requests, come at once.
+    The first few plans, and those for a batch of another size, come at once. One that has lost
+    a request or two out of many is no other batch: what holds for one more or less is nearly the
+    same, and where requests end one by one every second step would be planned.
     """
 
     def __init__(self) -> None:
         self._num_plans = 0
         self._plan_s = self._step_s = 0.0
-        self._steps_left = 0
+        self._steps_left = self._num_past = 0
         self._period = 1
+        self._price = 0.0  # of a plan, in steps over which it is to be spread
         self._num_requests = 0
 
     def begins_plan(self, num_requests: int) -> bool:
         """Return whether to plan in the step that begins; to be asked once per step."""
         self._steps_left -= 1
-        is_due = self._steps_left < 0 or num_requests != self._num_requests
+        self._num_past += 1
+        few, many = sorted((num_requests, self._num_requests))
+        is_due = self._steps_left < 0 or many >= _OTHER_BATCH * few
         if is_due:
             self._num_requests = num_requests
             self._num_plans += 1
@@ -71,11 +78,11 @@ class Pace:
             step_s = min(step_s - plan_s, _OUTLIER * self._step_s)
             self._step_s += _RATE * (step_s - self._step_s)
         allowed_s = min(PLANNING_SHARE * self._step_s, PLANNING_S * self._num_requests)
-        price = self._plan_s / max(1e-9, allowed_s)
+        price = self._price = self._plan_s / max(1e-9, allowed_s)
         # Plans become rarer by and by: the first ones know little.
         most = 1 if self._num_plans < _FIRST_PLANS else min(_MOST_STEPS, 2 * self._period)
         self._period = int(min(most, 1 + price))
-        self._steps_left = self._period - 1
+        self._steps_left, self._num_past = self._period - 1, 0
 
     def hold(self, num_steps: int) -> None:
         """Have the next plan made after so many steps, this one counted, if it would come later.
@@ -89,6 +96,14 @@ class Pace:
     def hurry(self) -> None:
         """Have the next step planned."""
         self._steps_left = 0
+
+    def sooner(self) -> None:
+        """Halve the steps until the next plan, at most to `_HASTE` times what its price allows.
+
+        For a change of which the first step tells nothing, such as another text.
+        """
+        least = int(self._price / _HASTE) - self._num_past
+        self._steps_left = min(self._steps_left, max(self._steps_left // 2, least))
 
 
 class Trials:
