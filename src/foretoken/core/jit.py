@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -21,17 +22,28 @@ def jit(function: Function) -> Function:
     Args:
         function: At module level, in the part of Python and numpy that numba compiles.
     """
-    try:
-        return _compiled(function, cache=True)
-    except RuntimeError:  # no folder can be written to
-        return _compiled(function, cache=False)
+    return _compiled(function, counts_references=True)
 
 
-def _compiled(function: Function, *, cache: bool) -> Function:
+def jit_borrowing(function: Function) -> Function:
+    """Compile a function likewise that makes no arrays and returns none.
+
+    It only borrows those it takes, and so does not count references to them: that would cost more
+    than the call itself where the function is short.
+    """
+    return _compiled(function, counts_references=False)
+
+
+def _compiled(function: Function, *, counts_references: bool) -> Function:
     # Nothing may be reordered or fused for speed (fastmath): equal inputs give equal bits.
     # Division by zero follows IEEE 754, as in torch. Other threads may run meanwhile.
-    compiled: Any = numba.njit(cache=cache, nogil=True, error_model="numpy", fastmath=False)
-    dispatcher: Function = compiled(function)
+    compiled: Any = functools.partial(
+        numba.njit, nogil=True, error_model="numpy", fastmath=False, _nrt=counts_references
+    )
+    try:
+        dispatcher: Function = compiled(cache=True)(function)
+    except RuntimeError:  # no folder can be written to
+        dispatcher = compiled(cache=False)(function)
     return dispatcher
 
 

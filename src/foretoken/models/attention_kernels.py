@@ -9,47 +9,46 @@ from __future__ import annotations
 
 import numpy as np
 
-from foretoken.core.jit import jit
+from foretoken.core.jit import jit, jit_borrowing
 from foretoken.models import kernels, llvm, simd, threads
+from foretoken.models.key_products import key_products
 
 LANES = llvm.LANES
 QUERIES = 4
 
 
-@jit
-def _dot(q, q_offset, keys, at, size):
-    """Return the product of one query (padded with zeros) and one key."""
-    acc = simd.splat(np.float32(0))
-    num_full = size // LANES * LANES
-    for i in range(0, num_full, LANES):
-        acc = simd.fma(simd.load(q, q_offset + i), simd.load(keys, at + i), acc)
-    if size > num_full:
-        k = simd.load_first(keys, at + num_full, size - num_full)
-        acc = simd.fma(simd.load(q, q_offset + num_full), k, acc)
-    return simd.total(acc)
+@jit_borrowing
+def _multiply(
+    count, q, q_offset, q_stride, keys, base, stride, size, slots, first, stop, out, out_stride
+):
+    """Write the products of 1, 2 or 4 queries and the keys in slots [first, stop).
+
+    Args:
+        first: A multiple of 16.
+        out: For each query a row with room for the next multiple of 16 keys.
+    """
+    last = stop - 1
+    if count == 4:
+        for p in range(first, stop, LANES // 4):
+            key_products(
+                4, q, q_offset, q_stride, keys, base, stride, size, slots, p, last, out, p,
+                out_stride,
+            )  # fmt: skip
+    elif count == 2:
+        for p in range(first, stop, LANES // 2):
+            key_products(
+                2, q, q_offset, q_stride, keys, base, stride, size, slots, p, last, out, p,
+                out_stride,
+            )  # fmt: skip
+    else:
+        for p in range(first, stop, LANES):
+            key_products(
+                1, q, q_offset, q_stride, keys, base, stride, size, slots, p, last, out, p,
+                out_stride,
+            )  # fmt: skip
 
 
-@jit
-def _dot_four(q, q_offset, q_stride, keys, at, size, out, out_offset, out_stride):
-    """Write the products of four queries and one key."""
-    acc0 = simd.splat(np.float32(0))
-    acc1 = acc0
-    acc2 = acc0
-    acc3 = acc0
-    num_full = size // LANES * LANES
-    for i in range(0, size, LANES):
-        k = simd.load(keys, at + i) if i < num_full else simd.load_first(keys, at + i, size - i)
-        acc0 = simd.fma(simd.load(q, q_offset + i), k, acc0)
-        acc1 = simd.fma(simd.load(q, q_offset + q_stride + i), k, acc1)
-        acc2 = simd.fma(simd.load(q, q_offset + 2 * q_stride + i), k, acc2)
-        acc3 = simd.fma(simd.load(q, q_offset + 3 * q_stride + i), k, acc3)
-    out[out_offset] = simd.total(acc0)
-    out[out_offset + out_stride] = simd.total(acc1)
-    out[out_offset + 2 * out_stride] = simd.total(acc2)
-    out[out_offset + 3 * out_stride] = simd.total(acc3)
-
-
-@jit
+@jit_borrowing
 def _softmax(scores, start, low, high, scaling, softcap, sink):
     """Turn the raw products of positions [low, high) into weights; return 1 / their sum.
 
@@ -99,58 +98,7 @@ def _softmax(scores, start, low, high, scaling, softcap, sink):
     return np.float32(1) / denominator
 
 
-@jit
-def _mix_one(
-    scores,
-    start,
-    low,
-    num_cached,
-    high,
-    slots,
-    path,
-    values,
-    base,
-    stride,
-    size,
-    scale,
-    out,
-    out_offset,
-):
-    """Write the weighted sum of the values that one query sees, four vectors at a time."""
-    for i in range(0, size, 4 * LANES):
-        o0 = simd.splat(np.float32(0))
-        o1 = o0
-        o2 = o0
-        o3 = o0
-        for p in range(low, high):
-            slot = slots[p] if p < num_cached else path[p - num_cached]
-            w = simd.splat(scores[start + p])
-            at = base + slot * stride + i
-            if i + 4 * LANES <= size:
-                o0 = simd.fma(w, simd.load(values, at), o0)
-                o1 = simd.fma(w, simd.load(values, at + LANES), o1)
-                o2 = simd.fma(w, simd.load(values, at + 2 * LANES), o2)
-                o3 = simd.fma(w, simd.load(values, at + 3 * LANES), o3)
-            else:
-                rest = size - i
-                o0 = simd.fma(w, simd.load_first(values, at, min(rest, LANES)), o0)
-                if rest > LANES:
-                    v = simd.load_first(values, at + LANES, min(rest - LANES, LANES))
-                    o1 = simd.fma(w, v, o1)
-                if rest > 2 * LANES:
-                    v = simd.load_first(values, at + 2 * LANES, min(rest - 2 * LANES, LANES))
-                    o2 = simd.fma(w, v, o2)
-                if rest > 3 * LANES:
-                    v = simd.load_first(values, at + 3 * LANES, rest - 3 * LANES)
-                    o3 = simd.fma(w, v, o3)
-        to = out_offset + i
-        _store_scaled(out, to, o0, scale, size - i)
-        _store_scaled(out, to + LANES, o1, scale, size - i - LANES)
-        _store_scaled(out, to + 2 * LANES, o2, scale, size - i - 2 * LANES)
-        _store_scaled(out, to + 3 * LANES, o3, scale, size - i - 3 * LANES)
-
-
-@jit
+@jit_borrowing
 def _store_scaled(out, offset, vector, scale, count):
     """Write vector * scale, its first `count` lanes if that is less than all."""
     scaled = simd.multiply(vector, simd.splat(scale))
@@ -160,10 +108,12 @@ def _store_scaled(out, offset, vector, scale, count):
         simd.store_first(out, offset, scaled, count)
 
 
-@jit
-def _mix_four(
+@jit_borrowing
+def _mix(
     scores,
     score_stride,
+    count,
+    low,
     lows,
     num_cached,
     highs,
@@ -177,37 +127,59 @@ def _mix_four(
     out,
     out_offsets,
 ):
-    """Do the same for four queries, which share what is cached."""
+    """Write the weighted sums of the values that one to four queries see.
+
+    What is cached is read once for all, two vectors at a time: a sum waits for its last term, and
+    the others fill the time. Where there are fewer queries, the last of them is summed again.
+    """
     path_stride = paths.shape[1]
     flat = paths.reshape(-1)
-    low = min(lows[0], lows[1], lows[2], lows[3])
-    for i in range(0, size, LANES):
-        rest = min(size - i, LANES)
-        o0 = simd.splat(np.float32(0))
-        o1 = o0
-        o2 = o0
-        o3 = o0
+    zero = simd.splat(np.float32(0))
+    at1 = min(1, count - 1) * score_stride
+    at2 = min(2, count - 1) * score_stride
+    at3 = min(3, count - 1) * score_stride
+    for i in range(0, size, 2 * LANES):
+        rest = size - i
+        a0, a1, a2, a3 = zero, zero, zero, zero
+        b0, b1, b2, b3 = zero, zero, zero, zero
         for p in range(low, num_cached):
             at = base + slots[p] * stride + i
-            v = simd.load(values, at) if rest == LANES else simd.load_first(values, at, rest)
+            if rest >= 2 * LANES:
+                a, b = simd.load(values, at), simd.load(values, at + LANES)
+            elif rest >= LANES:
+                a, b = simd.load(values, at), simd.load_first(values, at + LANES, rest - LANES)
+            else:
+                a, b = simd.load_first(values, at, rest), zero
             # Weights outside a query's window are 0, and adding 0 changes no bit.
-            o0 = simd.fma(simd.splat(scores[p]), v, o0)
-            o1 = simd.fma(simd.splat(scores[score_stride + p]), v, o1)
-            o2 = simd.fma(simd.splat(scores[2 * score_stride + p]), v, o2)
-            o3 = simd.fma(simd.splat(scores[3 * score_stride + p]), v, o3)
-        for query in range(4):
-            o = o0
+            weight = simd.splat(scores[p])
+            a0, b0 = simd.fma(weight, a, a0), simd.fma(weight, b, b0)
+            weight = simd.splat(scores[at1 + p])
+            a1, b1 = simd.fma(weight, a, a1), simd.fma(weight, b, b1)
+            weight = simd.splat(scores[at2 + p])
+            a2, b2 = simd.fma(weight, a, a2), simd.fma(weight, b, b2)
+            weight = simd.splat(scores[at3 + p])
+            a3, b3 = simd.fma(weight, a, a3), simd.fma(weight, b, b3)
+        for query in range(count):
+            first, second = a0, b0
             if query == 1:
-                o = o1
+                first, second = a1, b1
             elif query == 2:
-                o = o2
+                first, second = a2, b2
             elif query == 3:
-                o = o3
+                first, second = a3, b3
             for p in range(max(num_cached, lows[query]), highs[query]):
                 at = base + flat[query * path_stride + p - num_cached] * stride + i
-                v = simd.load(values, at) if rest == LANES else simd.load_first(values, at, rest)
-                o = simd.fma(simd.splat(scores[query * score_stride + p]), v, o)
-            _store_scaled(out, out_offsets[query] + i, o, scales[query], rest)
+                if rest >= 2 * LANES:
+                    a, b = simd.load(values, at), simd.load(values, at + LANES)
+                elif rest >= LANES:
+                    a, b = simd.load(values, at), simd.load_first(values, at + LANES, rest - LANES)
+                else:
+                    a, b = simd.load_first(values, at, rest), zero
+                weight = simd.splat(scores[query * score_stride + p])
+                first, second = simd.fma(weight, a, first), simd.fma(weight, b, second)
+            to = out_offsets[query] + i
+            _store_scaled(out, to, first, scales[query], rest)
+            _store_scaled(out, to + LANES, second, scales[query], rest - LANES)
 
 
 @jit
@@ -241,20 +213,19 @@ def attend(
     num_staged = first_staged + num_rows
     score_stride = kernels.round_up(num_cached + num_staged, LANES) + LANES
     scores = np.empty(QUERIES * score_stride, np.float32)
-    staged = np.empty(QUERIES * num_staged, np.float32)
+    staged_stride = kernels.round_up(num_staged, LANES)
+    staged = np.empty(QUERIES * staged_stride, np.float32)
     paths = np.empty((QUERIES, num_staged), np.int64)
     lows = np.zeros(QUERIES, np.int64)
     highs = np.zeros(QUERIES, np.int64)
     scales = np.empty(QUERIES, np.float32)
     targets = np.empty(QUERIES, np.int64)
+    staged_slots = slots[num_cached:]
     num_queries = num_rows * group
     query = 0
     while query < num_queries:
-        # The last block reaches back to be whole: to compute a query twice costs less than to
-        # read all keys for one alone.
-        if num_queries >= QUERIES:
-            query = min(query, num_queries - QUERIES)
-        count = QUERIES if num_queries >= QUERIES else 1
+        count = min(QUERIES, num_queries - query)
+        count = 2 if count == 3 else count
         low = num_cached
         for i in range(count):
             row, head = divmod(query + i, group)
@@ -262,70 +233,44 @@ def attend(
             lows[i] = max(0, highs[i] - window) if window > 0 else 0
             low = min(low, lows[i])
             targets[i] = out_base + row * out_row_stride + head * value_size
-        newest = first_staged + (query + count - 1) // group
-        at_query = query * q_stride
-        if count == QUERIES:
-            for p in range(low, num_cached):
-                at = key_base + slots[p] * key_stride
-                _dot_four(q, at_query, q_stride, keys, at, key_size, scores, p, score_stride)
-            for node in range(newest + 1):
-                at = key_base + slots[num_cached + node] * key_stride
-                _dot_four(q, at_query, q_stride, keys, at, key_size, staged, node, num_staged)
-        else:
-            for p in range(low, num_cached):
-                scores[p] = _dot(q, at_query, keys, key_base + slots[p] * key_stride, key_size)
-            node = newest
-            while node >= 0:
-                at = key_base + slots[num_cached + node] * key_stride
-                staged[node] = _dot(q, at_query, keys, at, key_size)
-                node = parents[node]
+        at_query, newest = query * q_stride, first_staged + (query + count - 1) // group
+        _multiply(
+            count, q, at_query, q_stride, keys, key_base, key_stride, key_size, slots,
+            low // LANES * LANES, num_cached, scores, score_stride,
+        )  # fmt: skip
+        _multiply(
+            count, q, at_query, q_stride, keys, key_base, key_stride, key_size, staged_slots,
+            0, newest + 1, staged, staged_stride,
+        )  # fmt: skip
         for i in range(count):
             row, head = divmod(query + i, group)
-            node = first_staged + row
+            start, node = i * score_stride, first_staged + row
             while node >= 0:
                 depth = depths[node]
-                scores[i * score_stride + num_cached + depth] = staged[i * num_staged + node]
-                paths[i, depth] = slots[num_cached + node]
+                scores[start + num_cached + depth] = staged[i * staged_stride + node]
+                paths[i, depth] = staged_slots[node]
                 node = parents[node]
-            scales[i] = _softmax(
-                scores, i * score_stride, lows[i], highs[i], scaling, softcap, sinks[head]
-            )
+            scales[i] = _softmax(scores, start, lows[i], highs[i], scaling, softcap, sinks[head])
             for p in range(low, min(lows[i] // LANES * LANES, num_cached)):
-                scores[i * score_stride + p] = np.float32(0)
-        if count == QUERIES:
-            _mix_four(
-                scores,
-                score_stride,
-                lows,
-                num_cached,
-                highs,
-                slots,
-                paths,
-                values,
-                value_base,
-                value_stride,
-                value_size,
-                scales,
-                out,
-                targets,
-            )
-        else:
-            _mix_one(
-                scores,
-                0,
-                lows[0],
-                num_cached,
-                highs[0],
-                slots,
-                paths[0],
-                values,
-                value_base,
-                value_stride,
-                value_size,
-                scales[0],
-                out,
-                targets[0],
-            )
+                scores[start + p] = np.float32(0)
+        _mix(
+            scores,
+            score_stride,
+            count,
+            low,
+            lows,
+            num_cached,
+            highs,
+            slots,
+            paths,
+            values,
+            value_base,
+            value_stride,
+            value_size,
+            scales,
+            out,
+            targets,
+        )
         query += count
 
 

@@ -11,7 +11,7 @@ from collections import namedtuple
 
 import numpy as np
 
-from foretoken.core.jit import jit
+from foretoken.core.jit import jit, jit_borrowing
 from foretoken.models import attention_kernels, kernels, llvm, simd, threads
 from foretoken.models.layout import unpack_compiled
 from foretoken.models.products import PANEL
@@ -32,7 +32,7 @@ Weights = namedtuple(
 )
 
 
-@jit
+@jit_borrowing
 def _add_columns(target, stride, source, num_rows, first, last):
     """Add some columns of one array to another of the same layout."""
     for row in range(num_rows):
@@ -40,7 +40,7 @@ def _add_columns(target, stride, source, num_rows, first, last):
             simd.store(target, i, simd.add(simd.load(target, i), simd.load(source, i)))
 
 
-@jit
+@jit_borrowing
 def project_and_add(
     rows, row_stride, num_rows, w, layer, depth, projected, x, stride, state, counter
 ):  # fmt: skip
@@ -58,7 +58,7 @@ def project_and_add(
         panel = following
 
 
-@jit
+@jit_borrowing
 def _normalize(x, stride, num_rows, hidden, weight, layer, epsilon, out):
     """Normalize all rows."""
     for row in range(num_rows):
@@ -195,7 +195,7 @@ def _add_attention(
     return counter, arrivals
 
 
-@jit
+@jit_borrowing
 def add_mlp(
     shape, weights, layer, num_rows, buffers, normed, state, counter, arrivals, num_threads
 ):

@@ -14,7 +14,7 @@ import math
 
 import numpy as np
 
-from foretoken.core.jit import jit
+from foretoken.core.jit import jit, jit_borrowing
 from foretoken.models import llvm, simd
 from foretoken.models.products import CACHE_LINE, PANEL, block_product
 
@@ -96,7 +96,7 @@ def _has_all_ones(bits, exponent):
 # -- linear layers -------------------------------------------------------------------------------
 
 
-@jit
+@jit_borrowing
 def panels_per_task(num_rows, num_panels):
     """Return how many panels to multiply at a time: of one row, more, to keep loads in flight."""
     if num_rows > 1:
@@ -105,7 +105,7 @@ def panels_per_task(num_rows, num_panels):
     return (num_panels + num_tasks - 1) // num_tasks  # as even as possible
 
 
-@jit
+@jit_borrowing
 def multiply(x, x_stride, num_rows, w, base, panel, stop, following, depth, out, stride):
     """Multiply rows with the panels [panel, stop) of a matrix, at most `panels_per_task`.
 
@@ -158,7 +158,7 @@ def multiply(x, x_stride, num_rows, w, base, panel, stop, following, depth, out,
         row = stop
 
 
-@jit
+@jit_borrowing
 def _multiply_one(x, w, w_offset, num_panels, depth, out, out_offset):
     """Multiply one row with 1 to 4 panels."""
     if num_panels == 4:
@@ -174,7 +174,7 @@ def _multiply_one(x, w, w_offset, num_panels, depth, out, out_offset):
 # -- rows ----------------------------------------------------------------------------------------
 
 
-@jit
+@jit_borrowing
 def rms_norm(x, x_offset, size, weight, weight_offset, epsilon, out, out_offset):
     """Write x / sqrt(mean(x^2) + epsilon) * weight for one row."""
     squares = simd.splat(np.float32(0))
@@ -197,7 +197,7 @@ def rms_norm(x, x_offset, size, weight, weight_offset, epsilon, out, out_offset)
         simd.store_first(out, out_offset + num_full, simd.multiply(v, w), rest)
 
 
-@jit
+@jit_borrowing
 def silu_times(gate, gate_offset, up, up_offset, out, out_offset):
     """Write silu(gate) * up for 16 numbers."""
     one = simd.splat(np.float32(1))
@@ -207,7 +207,7 @@ def silu_times(gate, gate_offset, up, up_offset, out, out_offset):
     simd.store(out, out_offset, value)
 
 
-@jit
+@jit_borrowing
 def rotate(x, x_offset, half, table, table_offset):
     """Apply a rotary embedding in place to 2 * half numbers; pairs lie `half` apart.
 
@@ -221,7 +221,7 @@ def rotate(x, x_offset, half, table, table_offset):
         x[x_offset + half + i] = b * c + a * s
 
 
-@jit
+@jit_borrowing
 def copy_row(x, x_offset, size, out, out_offset):
     """Copy numbers from one array into another, which may hold another type."""
     num_full = size // LANES * LANES
@@ -233,7 +233,7 @@ def copy_row(x, x_offset, size, out, out_offset):
         simd.store_first(out, out_offset + num_full, last, rest)
 
 
-@jit
+@jit_borrowing
 def round_up(count, multiple):
     """Return the next multiple, inside compiled code."""
     return (count + multiple - 1) // multiple * multiple

@@ -98,6 +98,17 @@ def first_lanes(builder: Any, count: Any) -> Any:
     return builder.icmp_signed("<", lanes, splat(builder, builder.trunc(count, I32), BITS))
 
 
+def load_first(builder: Any, address: Any, count: Any, holds_bfloat16: bool) -> Any:
+    """Return `count` elements as float32 and zeros behind; reads no further."""
+    vector, suffix = (HALVES, "v16i16") if holds_bfloat16 else (FLOATS, "v16f32")
+    zero = int_constant(HALVES, 0) if holds_bfloat16 else constant(0.0)
+    address = builder.bitcast(address, vector.as_pointer())
+    align = ir.Constant(I32, 2 if holds_bfloat16 else 4)
+    mask = first_lanes(builder, count)
+    loaded = call(builder, f"llvm.masked.load.{suffix}.p0", vector, [address, align, mask, zero])
+    return widen(builder, loaded) if holds_bfloat16 else loaded
+
+
 def reduce(builder: Any, vector: Any, combine: Callable[[Any, Any], Any]) -> Any:
     """Combine all lanes by halves: always the same tree."""
     width = LANES // 2
@@ -109,6 +120,25 @@ def reduce(builder: Any, vector: Any, combine: Callable[[Any, Any], Any]) -> Any
         vector = combine(vector, moved)
         width //= 2
     return builder.extract_element(vector, ir.Constant(I32, 0))
+
+
+def totals(builder: Any, vectors: list[Any]) -> Any:
+    """Return a vector of the sums of sixteen vectors, each the one that `reduce` would make.
+
+    Two vectors are folded into one at a time, so that none of its lanes is idle.
+    """
+    width = LANES // 2
+    while width:
+        starts = range(0, 2 * LANES, 2 * width)
+        order = [start + lane for start in starts for lane in range(width)]
+        left = ir.Constant(BITS, order)
+        right = ir.Constant(BITS, [lane + width for lane in order])
+        vectors = [
+            builder.fadd(builder.shuffle_vector(a, b, left), builder.shuffle_vector(a, b, right))
+            for a, b in zip(vectors[::2], vectors[1::2], strict=True)
+        ]
+        width //= 2
+    return vectors[0]
 
 
 def larger(builder: Any, a: Any, b: Any) -> Any:

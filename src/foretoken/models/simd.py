@@ -69,14 +69,7 @@ def load_first(typing_context: Any, array: Any, offset: Any, count: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         pointer = llvm.pointer(context, builder, signature.args[0], *args[:2])
-        vector, suffix = (llvm.HALVES, "v16i16") if is_bfloat16 else (llvm.FLOATS, "v16f32")
-        zero = llvm.int_constant(llvm.HALVES, 0) if is_bfloat16 else llvm.constant(0.0)
-        pointer = builder.bitcast(pointer, vector.as_pointer())
-        align = ir.Constant(llvm.I32, 2 if is_bfloat16 else 4)
-        mask = llvm.first_lanes(builder, args[2])
-        name = f"llvm.masked.load.{suffix}.p0"
-        loaded = llvm.call(builder, name, vector, [pointer, align, mask, zero])
-        return llvm.widen(builder, loaded) if is_bfloat16 else loaded
+        return llvm.load_first(builder, pointer, args[2], is_bfloat16)
 
     return VECTOR(array, types.intp, types.intp), generate
 

@@ -16,7 +16,7 @@ import numba
 from numba.core import types
 from numba.extending import intrinsic
 
-from foretoken.core.jit import jit
+from foretoken.core.jit import jit_borrowing
 
 SPINS = 2000
 BARRIER = 0  # index in the state of what `meet` counts
@@ -52,13 +52,13 @@ def _read(typing_context: Any, state: Any, index: Any) -> Any:
     return types.int64(state, types.intp), generate
 
 
-@jit
+@jit_borrowing
 def claim(state, counter):
     """Return the number of the next task that nobody has; every caller gets another."""
     return _fetch_add(state, counter, 1)
 
 
-@jit
+@jit_borrowing
 def meet(state, num_arrivals):
     """Wait until the barrier has been reached `num_arrivals` times in all, this one included."""
     arrived = _fetch_add(state, BARRIER, 1) + 1
