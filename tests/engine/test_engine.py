@@ -83,6 +83,17 @@ def test_emissions_add_up_to_the_output():
         assert [emission.sources for emission in mine[:2]] == [("scripted",) * 3 + ("",)] * 2
 
 
+@pytest.mark.parametrize(("stop", "expected"), [((), "bcdefghij"), (("gh",), "bcdef")])
+def test_text_that_is_not_streamed_comes_with_the_last_emission(stop, expected):
+    engine, _ = counting_engine(max_nodes=3)
+    request = engine.add_request([0], greedy(9, stop=stop))
+    request.streams_text = False
+    emissions = finish(engine)[request.request_id]
+    assert len(emissions) > 1
+    assert [it.text for it in emissions] == [""] * (len(emissions) - 1) + [expected]
+    assert request.text_stream.text == expected
+
+
 def test_a_step_without_requests_does_nothing():
     engine, _ = counting_engine()
     assert engine.step() == []

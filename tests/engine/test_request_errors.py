@@ -5,8 +5,9 @@ import pytest
 from foretoken.core.draft import SiblingDraw
 from foretoken.core.tree import TokenTree
 from foretoken.core.verdict import Exactness
+from foretoken.drafters.base import DrafterNeeds
 from foretoken.engine.engine import Engine, EngineConfig
-from foretoken.engine.fit import agree_on_draws
+from foretoken.engine.fit import agree_on_draws, most_sharing, observed_layers
 from foretoken.engine.request import FinishReason
 from foretoken.errors import ConfigError, DrafterError, RequestError
 from foretoken.planner.plan import Plan
@@ -97,6 +98,17 @@ def test_the_way_that_the_verifier_prefers_is_agreed_on():
         "copies": SiblingDraw.DETERMINISTIC,
         "samples": SiblingDraw.IID,
     }
+
+
+def test_what_drafters_ask_of_every_step_is_known_at_the_start():
+    drafters = {label: counting_drafter() for label in ("none", "some", "most", "states")}
+    drafters["some"].needs = DrafterNeeds(shared_layers=1)
+    drafters["most"].needs = DrafterNeeds(shared_layers=2, hidden_layers=(2,))
+    drafters["states"].needs = DrafterNeeds(hidden_layers=(0, 1))
+    assert observed_layers(drafters) == {"most": (2,), "states": (0, 1)}
+    assert most_sharing(drafters) == "most"
+    assert (observed_layers({}), most_sharing({})) == ({}, None)
+    assert most_sharing({"none": drafters["none"]}) is None
 
 
 def test_a_drafter_that_cannot_draw_as_needed_is_refused_at_the_start():

@@ -150,6 +150,25 @@ def test_bytes_that_are_no_text_decode_as_they_do_in_one_piece(token_ids, prompt
     assert text_of(BYTES.decode, token_ids, prompt_ids=prompt_ids) == whole[len(prompt_text) :]
 
 
+@given(st.lists(st.integers(0, 60), max_size=24), st.lists(st.integers(0, 60), max_size=8))
+def test_text_that_nobody_reads_while_it_grows_is_the_same(token_ids, prompt_ids):
+    if BYTES.decode(prompt_ids).endswith("\ufffd"):
+        return
+    stream = TextStream(BYTES.decode, prompt_ids, ())
+    for token_id in token_ids:
+        stream.push([token_id])
+    assert stream.finish() == stream.text == text_of(BYTES.decode, token_ids, prompt_ids=prompt_ids)
+
+
+def test_tokens_are_decoded_when_their_text_is_read():
+    decoded = []
+    stream = TextStream(lambda ids: decoded.append(ids) or decode_pieces(ids), [0], ())
+    stream.push([1])
+    stream.push([4])
+    assert not decoded
+    assert stream.text == "c!"
+
+
 def test_leading_space_is_kept():
     assert text_of(decode_words, [4, 5], prompt_ids=[1, 2, 3]) == " w4 w5"
     assert text_of(decode_words, [4, 5], prompt_ids=list(range(40))) == " w4 w5"

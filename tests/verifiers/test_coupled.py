@@ -30,6 +30,17 @@ def verify(table, tree, params=GREEDY, *, before=(), seed=0):
     return VERIFIER.verify(Draft.from_drafter("test", tree), rows, sampler, text)
 
 
+def test_rows_of_a_draft_are_those_of_its_span_of_the_step():
+    rows = TargetRows(RANDOM, RANDOM.argmax(dim=-1).tolist(), slice(3, 6))
+    assert torch.equal(rows.logits, RANDOM[3:6])
+    assert rows.argmax_ids == RANDOM[3:6].argmax(dim=-1).tolist()
+    for params in (GREEDY, SamplingParams(temperature=1.0)):
+        sampler = Sampler(params, 5, 1)
+        for node in range(3):
+            expected = sampler.choose(RANDOM[3 + node], [0], [1] * node)
+            assert rows.choose(node, sampler, [0], [1] * node) == expected
+
+
 def plain(table, text, params, seed, count):
     """Return the next tokens by plain sampling."""
     text = list(text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -148,6 +149,7 @@ class Draft:
             )
 
     @classmethod
+    @lru_cache(maxsize=4096)  # each step of plain decoding has one, and few tokens are frequent
     def empty(cls, root_id: int) -> Draft:
         """Return the draft without draft tokens: plain decoding."""
         return cls(

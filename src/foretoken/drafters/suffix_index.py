@@ -84,6 +84,9 @@ class SuffixIndex:
         Raises:
             ValueError: It is longer than `max_tokens` then.
         """
+        if not token_ids:
+            yield
+            return
         self.extend(token_ids)
         try:
             yield

@@ -11,7 +11,7 @@ from foretoken.core.grammar import GrammarState
 from foretoken.core.params import SamplingParams
 from foretoken.core.verdict import Exactness
 from foretoken.drafters.base import Drafter, RequestView
-from foretoken.engine.fit import agree_on_draws
+from foretoken.engine.fit import agree_on_draws, most_sharing, observed_layers
 from foretoken.engine.loops import choose_loop
 from foretoken.engine.request import Emission, FinishReason, Request
 from foretoken.engine.scheduler import Scheduler
@@ -118,7 +118,17 @@ class Engine:
         draws = agree_on_draws(plan.verifier, verifier, self.drafters)
         in_flight = [label for label, it in self.drafters.items() if it.needs.in_flight]
         planner = planner or FixedPlanner(aside=in_flight)
-        self.parts = StepParts(target, cache, scheduler, planner, self.drafters, verifier, draws)
+        self.parts = StepParts(
+            target,
+            cache,
+            scheduler,
+            planner,
+            self.drafters,
+            verifier,
+            draws,
+            hidden_layers=observed_layers(self.drafters),
+            sharer=most_sharing(self.drafters),
+        )
         self.loop = choose_loop(target, self.drafters, plan.verifier, verifier, flight_planner)
         self._decode = decode
         self._compile_grammar = compile_grammar
@@ -344,20 +354,25 @@ class Engine:
                 f"{info.context_limit}, at least one of them for output",
                 hint="shorten the prompt",
             )
-        named = [("the prompt", token_id) for token_id in prompt_ids]
-        named += [("the reference", token_id) for token_id in reference_ids]
-        for name, token_id in (*named, *params.named_token_ids()):
-            if not isinstance(token_id, int) or not 0 <= token_id < info.vocab_size:
-                raise RequestError(
-                    f"token id {token_id!r} in {name} is outside the model's vocabulary "
-                    f"[0, {info.vocab_size})",
-                    hint=f"check the token ids of {name}",
-                )
+        self._check_token_ids("the prompt", prompt_ids)
+        self._check_token_ids("the reference", reference_ids)
+        for name, token_id in params.named_token_ids():
+            self._check_token_ids(name, (token_id,))
         if params.stop and self._decode is None:
             raise RequestError(
                 "stop texts need a tokenizer, and the model has none",
                 hint="leave stop out or add the tokenizer's files to the model directory",
             )
+
+    def _check_token_ids(self, name: str, token_ids: Sequence[int]) -> None:
+        vocab_size = self.parts.target.info.vocab_size
+        for token_id in token_ids:
+            if not isinstance(token_id, int) or not 0 <= token_id < vocab_size:
+                raise RequestError(
+                    f"token id {token_id!r} in {name} is outside the model's vocabulary "
+                    f"[0, {vocab_size})",
+                    hint=f"check the token ids of {name}",
+                )
 
 
 def _check_max_nodes(max_nodes: int | None) -> None:

@@ -1,4 +1,4 @@
-"""Whether a verifier and drafters go together, and how siblings are then drawn."""
+"""Whether a verifier and drafters go together, and what a step then has to do for them."""
 
 from __future__ import annotations
 
@@ -47,6 +47,19 @@ def agree_on_draws(
 def takes_copies_in_trees(verifier: Verifier | type[Verifier]) -> bool:
     """Return whether tokens that were not sampled may be added to any other draft."""
     return verifier.max_width is None and SiblingDraw.DETERMINISTIC in verifier.draws
+
+
+def observed_layers(drafters: Mapping[str, Drafter]) -> dict[str, tuple[int, ...]]:
+    """Return the layers whose states drafters ask for; only those that do."""
+    layers = {label: drafter.needs.hidden_layers for label, drafter in drafters.items()}
+    return {label: own for label, own in layers.items() if own}
+
+
+def most_sharing(drafters: Mapping[str, Drafter]) -> str | None:
+    """Return the drafter that runs most of the target's layers itself; None if none does."""
+    shared = {label: drafter.needs.shared_layers for label, drafter in drafters.items()}
+    label = max(shared, key=shared.__getitem__, default=None)
+    return label if label is not None and shared[label] else None
 
 
 def _listed(draws: Collection[SiblingDraw]) -> str:

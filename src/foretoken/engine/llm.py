@@ -135,7 +135,10 @@ class LLM:
 
         All prompts are checked before the first step. Closing the iterator ends what still runs.
         """
-        return self._run(self._prepare(_as_list(prompts), params, drafters, references))
+        prepared = self._prepare(_as_list(prompts), params, drafters, references)
+        for item in prepared:
+            item.request.streams_text = False
+        return self._run(prepared)
 
     def stream(
         self,
@@ -160,7 +163,7 @@ class LLM:
         """
         if not isinstance(prompt, str):
             return [
-                int(token_id) if isinstance(token_id, Integral) else token_id for token_id in prompt
+                it if type(it) is int or not isinstance(it, Integral) else int(it) for it in prompt
             ]
         if not prompt:
             raise RequestError("the prompt is empty", hint="give at least one character of text")

@@ -75,6 +75,9 @@ class Request:
         grammar: What its output must follow, or None.
         reference_ids: A text that drafters may copy from; empty if there is none.
         max_nodes: Most draft tokens per step; None for as many as the plan allows.
+
+    Attributes:
+        streams_text: Whether every emission has the text that is new; else the last one has all.
     """
 
     def __init__(  # noqa: PLR0913 - one parameter is one part
@@ -105,6 +108,7 @@ class Request:
         self.sampler = Sampler(
             params, seed, len(prompt_ids), eos_ids=self._eos_ids, grammar=grammar
         )
+        self.streams_text = True
         self.text_stream = TextStream(decode, prompt_ids, params.stop)
         self.finish_reason: FinishReason | None = None
         self.error: RequestError | None = None
@@ -153,7 +157,7 @@ class Request:
         self.token_ids += token_ids
         self.stats.add_step(drafted, sources, is_pass=is_pass)
         is_finished = self.finish_reason is not None
-        text = self.text_stream.take()
+        text = self.text_stream.take() if self.streams_text else ""
         if is_finished:
             text += self.text_stream.finish()
         return Emission(
@@ -174,11 +178,9 @@ class Request:
         if failed_at is not None and failed_at < len(self.token_ids) + len(kept):
             # The choices before it are those of plain decoding, which may end before it comes here.
             kept, reason = kept[: failed_at - len(self.token_ids)], FinishReason.ERROR
-        for count in range(1, len(kept) + 1):
-            end = self._end_after(kept[:count])
-            if end is not None:
-                kept, reason = kept[:count], end
-                break
+        end = self._first_end(kept)
+        if end is not None:
+            kept, reason = kept[: end[0]], end[1]
         num_until_stop = self.text_stream.push(kept)
         if num_until_stop is not None:
             kept = kept[:num_until_stop]
@@ -187,12 +189,14 @@ class Request:
         self.error = self.sampler.failure if reason is FinishReason.ERROR else None
         return kept
 
-    def _end_after(self, token_ids: Sequence[int]) -> FinishReason | None:
-        """Return why the output ends with the last of some new tokens, if it does."""
-        if token_ids[-1] in self._eos_ids:
-            return FinishReason.EOS
-        if token_ids[-1] in self._stop_ids:
-            return FinishReason.STOP
-        if self._grammar is not None and self._grammar.is_complete(self.token_ids, token_ids):
-            return FinishReason.STOP
+    def _first_end(self, token_ids: Sequence[int]) -> tuple[int, FinishReason] | None:
+        """Return after how many of some new tokens the output ends, and why, if it does."""
+        grammar = self._grammar
+        for count, token_id in enumerate(token_ids, start=1):
+            if token_id in self._eos_ids:
+                return count, FinishReason.EOS
+            if token_id in self._stop_ids:
+                return count, FinishReason.STOP
+            if grammar is not None and grammar.is_complete(self.token_ids, token_ids[:count]):
+                return count, FinishReason.STOP
         return None

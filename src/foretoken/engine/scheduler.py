@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from foretoken.core.draft import DraftBudget
 from foretoken.engine.request import Request
@@ -15,8 +16,7 @@ from foretoken.planner.plan import Plan
 GROWTH_BLOCKS = 2  # per running request, that admitting one more leaves free; see decision 0014
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
+class Work(NamedTuple):
     """One request's share of a step.
 
     Args:
@@ -248,29 +248,32 @@ class Scheduler:
 
     def schedule(self) -> list[Work]:
         """Return the work of the next step; decoding requests first, each in order of admission."""
-        running = list(self._running.values())
-        decoding = [it for it in running if it.num_unseen == 1]
-        prefilling = [it for it in running if it.num_unseen != 1]
+        decoding: list[_Running] = []
+        prefilling: list[_Running] = []
+        for running in self._running.values():
+            (decoding if running.num_unseen == 1 else prefilling).append(running)
         self._share_prompts([it for it in decoding if not it.is_shared], prefilling)
-        chunk = self._mixed_chunk if decoding else self._prefill_chunk
-        shares = share_chunk([it.num_unseen for it in prefilling], chunk)
-        fed = [*((it, 1) for it in decoding), *zip(prefilling, shares, strict=True)]
-        return self._works((it, num_known) for it, num_known in fed if num_known)
+        fed = [(it, 1) for it in decoding]
+        if prefilling:
+            chunk = self._mixed_chunk if decoding else self._prefill_chunk
+            shares = share_chunk([it.num_unseen for it in prefilling], chunk)
+            fed += [pair for pair in zip(prefilling, shares, strict=True) if pair[1]]
+        return self._works(fed)
 
-    def _works(self, fed: Iterable[tuple[_Running, int]]) -> list[Work]:
+    def _works(self, fed: Sequence[tuple[_Running, int]]) -> list[Work]:
         """Return the works of requests that are fed some tokens; drafts get what room is left."""
         num_spare = self._num_spare()
         works = []
         for running, num_known in fed:
             request, sequence = running.request, running.sequence
-            budget = None
-            if num_known == running.num_unseen:
-                num_tokens = len(request.token_ids)
-                num_free = (_num_blocks(num_tokens) + num_spare) * BLOCK_SIZE - num_tokens
+            start, num_tokens, budget = sequence.num_cached, len(request.token_ids), None
+            if start + num_known == num_tokens:
+                num_blocks = _num_blocks(num_tokens)
+                num_free = (num_blocks + num_spare) * BLOCK_SIZE - num_tokens
                 budget = self._budget(request, num_free)
                 num_drafted = 0 if budget.is_empty else budget.max_nodes
-                num_spare -= _num_blocks(num_tokens + num_drafted) - _num_blocks(num_tokens)
-            works.append(Work(request, sequence, sequence.num_cached, num_known, budget))
+                num_spare -= _num_blocks(num_tokens + num_drafted) - num_blocks
+            works.append(Work(request, sequence, start, num_known, budget))
         return works
 
     def _budget(self, request: Request, num_free: int) -> DraftBudget:

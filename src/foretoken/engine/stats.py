@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from foretoken.core.draft import source_names
@@ -119,8 +119,8 @@ class RequestStats:
         }
 
 
-def _count(counts: Counter[str], sources: Iterable[str]) -> None:
+def _count(counts: Counter[str], sources: Sequence[str]) -> None:
     """Count each source for every drafter that it names."""
-    for source in sources:
+    for source in dict.fromkeys(sources):  # most are the same
         for name in source_names(source):
-            counts[name] += 1
+            counts[name] += sources.count(source)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,10 +42,11 @@ class StepParts:
     drafters: Mapping[str, Drafter]
     verifier: Verifier
     draws: Mapping[str, SiblingDraw]  # how each drafter's siblings are drawn when sampling
+    hidden_layers: Mapping[str, tuple[int, ...]]  # of the drafters that ask for states
+    sharer: str | None  # the drafter that runs most of the target's layers, if one does
 
 
-@dataclass(frozen=True, slots=True)
-class Scored:
+class Scored(NamedTuple):
     """What a pass scores for one work.
 
     Args:
@@ -98,12 +99,12 @@ def run_pass(parts: StepParts, works: Sequence[Work]) -> tuple[list[Emission], i
     orders = parts.planner.order(works)
     drafts = parts.planner.choose(works, propose(parts, works, orders, times))
     with parts.cache.speculate([work.sequence for work in works]) as cache:
-        states = _row_states(parts.drafters, works, drafts)
+        states = _row_states(parts, works, drafts)
         batch = parts.target.batch(
             cache, [_segment(w, d, s) for w, d, s in zip(works, drafts, states, strict=True)]
         )
         rows, scored = _lay_out(batch, works, drafts)
-        hidden_layers = _hidden_layers(parts.drafters, works)
+        hidden_layers = _hidden_layers(parts, works)
         before_s = perf_counter()
         output = parts.target.forward(batch, rows, hidden_layers=hidden_layers)
         output.wait()  # verification would, and the pass is to be timed
@@ -112,7 +113,7 @@ def run_pass(parts: StepParts, works: Sequence[Work]) -> tuple[list[Emission], i
         cache.commit([(w.sequence, _kept(w, v)) for w, v in zip(works, verdicts, strict=True)])
     # The cache has moved on, so requests do too before anything of the drafters' can fail.
     emissions = emit(scored, verdicts, output)
-    show_states(parts.drafters, scored, verdicts, output.hidden)
+    show_states(parts, scored, verdicts, output.hidden)
     tell_drafters(parts.drafters, orders, scored, verdicts, output)
     times.total_s = perf_counter() - start_s
     parts.planner.observe(works, drafts, verdicts, times)
@@ -158,7 +159,7 @@ def verify(
     for it in scored:
         verdict = None
         if it.work.budget is not None:
-            rows = TargetRows(output.logits[it.span], largest_ids[it.span])
+            rows = TargetRows(output.logits, largest_ids, it.span)
             request = it.work.request
             try:
                 verdict = verifier.verify(it.draft, rows, request.sampler, request.token_ids)
@@ -186,15 +187,14 @@ def emit(
                 logprobs = output_logprobs(
                     rows, verdict, request.sampler, params, request.token_ids
                 )
-            sources = [*(it.draft.source[node] for node in verdict.path), ""]
-            emissions.append(
-                request.take(verdict.token_ids, sources, it.draft.source[1:], logprobs)
-            )
+            source = it.draft.source
+            sources = [*[source[node] for node in verdict.path], ""]
+            emissions.append(request.take(verdict.token_ids, sources, source[1:], logprobs))
     return emissions
 
 
 def show_states(
-    drafters: Mapping[str, Drafter],
+    parts: StepParts,
     scored: Sequence[Scored],
     verdicts: Sequence[Verdict | None],
     hidden: Mapping[int, Tensor],  # layer to [R, D]
@@ -207,13 +207,13 @@ def show_states(
         work, first = it.work, it.root - (it.work.num_known - 1)
         rows = [first + index for index in _kept(work, verdict)]
         for label in work.drafters:
-            if layers := drafters[label].needs.hidden_layers:
+            if layers := parts.hidden_layers.get(label):
                 states = {layer: hidden[layer][rows] for layer in layers}
                 standing.setdefault(label, []).append(
                     StandingStates(request_id=work.request_id, start=work.start, hidden=states)
                 )
     for label, own in standing.items():
-        drafters[label].observe(own)
+        parts.drafters[label].observe(own)
 
 
 def tell_drafters(
@@ -252,10 +252,12 @@ def top_ids(logits: Tensor, num_top: int) -> NDArray[np.int64]:
     return found
 
 
-def _hidden_layers(drafters: Mapping[str, Drafter], works: Sequence[Work]) -> list[int]:
+def _hidden_layers(parts: StepParts, works: Sequence[Work]) -> list[int]:
     """Return the layers whose states the drafters of these requests ask for."""
+    if not parts.hidden_layers:
+        return []
     labels = {label for work in works for label in work.drafters}
-    return sorted({layer for label in labels for layer in drafters[label].needs.hidden_layers})
+    return sorted({layer for label in labels for layer in parts.hidden_layers.get(label, ())})
 
 
 def _context(
@@ -289,15 +291,17 @@ def check_draft(label: str, draft: Draft, context: DraftContext, vocab_size: int
         DrafterError: It does not.
     """
     tree, budget = draft.tree, context.budget
-    problem = None
+    num_nodes, problem = tree.num_draft_tokens, None
     if tree.token_ids[0] != context.token_ids[-1]:
         problem = (
             f"a draft whose root is {tree.token_ids[0]}; the pending token is "
             f"{context.token_ids[-1]}"
         )
-    elif tree.num_draft_tokens > budget.max_nodes or max(tree.depths) > budget.max_depth:
+    elif num_nodes > budget.max_nodes or (  # no path has more tokens than the tree
+        num_nodes > budget.max_depth and max(tree.depths) > budget.max_depth
+    ):
         problem = (
-            f"a draft of {tree.num_draft_tokens} nodes and depth {max(tree.depths)}; "
+            f"a draft of {num_nodes} nodes and depth {max(tree.depths)}; "
             f"the bounds are {budget.max_nodes} and {budget.max_depth}"
         )
     elif budget.max_width is not None and max(map(len, tree.children)) > budget.max_width:
@@ -334,14 +338,14 @@ def _segment(work: Work, draft: Draft, states: RowStates | None) -> Segment:
 
 
 def _row_states(
-    drafters: Mapping[str, Drafter], works: Sequence[Work], drafts: Sequence[Draft]
+    parts: StepParts, works: Sequence[Work], drafts: Sequence[Draft]
 ) -> list[RowStates | None]:
     """Return what the drafter that runs most of the target's layers knows of each work's rows."""
-    label = max(drafters, key=lambda label: drafters[label].needs.shared_layers, default=None)
-    if label is None or not drafters[label].needs.shared_layers:
+    label = parts.sharer
+    if label is None:
         return [None] * len(works)
     return [
-        drafters[label].row_states(
+        parts.drafters[label].row_states(
             work.request.request_id, range(work.start, work.start + work.num_known), draft
         )
         if work.budget is not None and label in work.request.drafters
@@ -391,4 +395,5 @@ def _note_prompt_logprobs(work: Work, logits: Tensor, root: int) -> None:
 
 def _kept(work: Work, verdict: Verdict | None) -> list[int]:
     path = () if verdict is None else verdict.path
-    return [*range(work.num_known), *(work.num_known - 1 + node for node in path)]
+    root = work.num_known - 1
+    return [*range(work.num_known), *[root + node for node in path]]

@@ -37,8 +37,7 @@ class TickRows:
     def target_rows(self, node: Node) -> TargetRows:
         """Return the logits of one final row."""
         place = self.final[node]
-        alone = slice(place, place + 1)
-        return TargetRows(self.logits[alone], self.largest_ids[alone])
+        return TargetRows(self.logits, self.largest_ids, slice(place, place + 1))
 
 
 @dataclass(slots=True)

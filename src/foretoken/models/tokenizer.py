@@ -24,10 +24,11 @@ class Tokenizer:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
         # What transformers adds for these classes is cleaning up, if it is on; without it the
-        # library underneath answers three times as fast, which counts at every step.
+        # library underneath answers three times as fast.
         is_general = type(tokenizer).__name__ in GENERAL_CLASSES
         cleans_up = getattr(tokenizer, "clean_up_tokenization_spaces", True)
-        self._backend = tokenizer.backend_tokenizer if is_general and not cleans_up else None
+        self._encoder = tokenizer.backend_tokenizer if is_general else None
+        self._decoder = self._encoder if not cleans_up else None
 
     @classmethod
     def load(cls, path: str) -> Tokenizer | None:
@@ -55,6 +56,13 @@ class Tokenizer:
             text: The prompt.
             adds_special: False for a text that has them already, as chat templates write them.
         """
+        if self._encoder is not None:
+            # With each text, as transformers does: others may use the tokenizer in between.
+            self._encoder.no_truncation()
+            self._encoder.no_padding()
+            self._encoder.encode_special_tokens = self._tokenizer.split_special_tokens
+            ids: list[int] = self._encoder.encode(text, add_special_tokens=adds_special).ids
+            return ids
         return list(
             self._tokenizer.encode(
                 text, truncation=False, verbose=False, add_special_tokens=adds_special
@@ -63,8 +71,8 @@ class Tokenizer:
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text of token ids; special tokens have none."""
-        if self._backend is not None:
-            return str(self._backend.decode(list(token_ids), skip_special_tokens=True))
+        if self._decoder is not None:
+            return str(self._decoder.decode(list(token_ids), skip_special_tokens=True))
         text = self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
         return text if isinstance(text, str) else "".join(text)
 

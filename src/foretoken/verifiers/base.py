@@ -12,21 +12,30 @@ from foretoken.core.sampling import Sampler
 from foretoken.core.verdict import Exactness, Verdict
 from foretoken.errors import ConfigError
 
+_ALL = slice(0, None)
+
 
 class TargetRows:
     """The target's logits at the nodes of one request's draft.
 
     Args:
-        logits: One row per node in node order, [N, V].
-        argmax_ids: The largest entry of each row, ties to the lowest id, [N]; computed for the
-            whole step at once, because most requests need nothing else. Empty if none needs it.
+        logits: Rows of the whole step, [R, V].
+        argmax_ids: The largest entry of each, ties to the lowest id, [R]; computed for all at
+            once, because most requests need nothing else. Empty if none needs it.
+        span: Which of them are those of the draft, one per node in node order; N of them.
     """
 
-    __slots__ = ("argmax_ids", "logits")
+    __slots__ = ("_all_logits", "_span", "argmax_ids")
 
-    def __init__(self, logits: Tensor, argmax_ids: Sequence[int]) -> None:
-        self.logits = logits
-        self.argmax_ids = argmax_ids
+    def __init__(self, logits: Tensor, argmax_ids: Sequence[int], span: slice = _ALL) -> None:
+        self._all_logits = logits
+        self._span = span
+        self.argmax_ids = argmax_ids[span]  # [N]
+
+    @property
+    def logits(self) -> Tensor:
+        """One row per node in node order, [N, V]."""
+        return self._all_logits[self._span]
 
     def choose(
         self, node: int, sampler: Sampler, token_ids: Sequence[int], path: Sequence[int]
@@ -34,7 +43,7 @@ class TargetRows:
         """Return the target's own token after `node`, reached over `path`."""
         if sampler.is_argmax:
             return self.argmax_ids[node]
-        return sampler.choose(self.logits[node], token_ids, path)
+        return sampler.choose(self._all_logits[self._span.start + node], token_ids, path)
 
 
 class Verifier(Protocol):

@@ -33,7 +33,10 @@ def follow(tree: TokenTree, choose: Callable[[int, Sequence[int]], int]) -> Verd
 
 def child_with(tree: TokenTree, node: int, token_id: int) -> int | None:
     """Return the first child of a node that carries a token."""
-    return next((it for it in tree.children[node] if tree.token_ids[it] == token_id), None)
+    for child in tree.children[node]:
+        if tree.token_ids[child] == token_id:
+            return child
+    return None
 
 
 def follow_target(
