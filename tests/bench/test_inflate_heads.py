@@ -22,6 +22,7 @@ HEADS = {
     "narrow": ("eagle", {"width": 12, "heads": 2, "kv_heads": 1, "draft_vocab": 20}),
     "as wide as the small target": ("eagle", {"heads": 4}),
     "parallel": ("parallel", {"width": 16, "steps": 3}),
+    "graft": ("graft", {"layers": 2}),
     "medusa": ("medusa", {"heads": 3, "layers": 2}),
     "medusa, shared": ("medusa", {"heads": 3, "own_lm_heads": False}),
     "hydra": ("hydra", {"heads": 3, "layers": 2, "own_lm_heads": True}),

@@ -116,6 +116,7 @@ OPTIONS = {
     "hydra": lambda folder: {"path": write_head(folder, "hydra")},
     "eagle": lambda folder: {"path": write_head(folder, "eagle", steps=3)},
     "parallel": lambda folder: {"path": write_head(folder, "parallel", steps=3)},
+    "graft": lambda folder: {"path": write_head(folder, "graft", layers=2)},
     "mtp": lambda folder: {},
     "speed": lambda folder: {},
     "loopspec": lambda folder: {},

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -28,6 +29,7 @@ from foretoken.models.heads.files import (
     read_head,
     save_head,
 )
+from foretoken.models.heads.graft import DRAFT_FOLDER
 from foretoken.models.heads.target import TargetShape, target_tensors
 from foretoken.models.loading import load_config
 
@@ -93,6 +95,8 @@ def inflate_head(source: Path, small: Path, wide: Path, folder: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=folder) as draft:
         made = Path(draft) / "head"
         save_head(tensors, kind, after, options, made, card)
+        if (source / DRAFT_FOLDER).is_dir():  # which reads tokens and states as wide as before
+            shutil.copytree(source / DRAFT_FOLDER, made / DRAFT_FOLDER)
         try:
             made.rename(target)
         except OSError:  # another run was faster; what it made is the same
@@ -119,6 +123,16 @@ def _widen_eagle(head: HeadFiles, wide: TargetShape, small_target: str) -> Widen
     return widened.as_options(), tensors
 
 
+def _widen_graft(head: HeadFiles, wide: TargetShape, _: str) -> Widened:
+    """Widen what reads the target's states; the layers keep their width.
+
+    Layers that a widened target has more come last, so the states before each are where they were.
+    """
+    return dict(head.options), {
+        "fc.weight": _spread(head.tensors["fc.weight"], 1, head.target, wide)
+    }
+
+
 def _widen_linear(head: HeadFiles, wide: TargetShape, _: str) -> Widened:
     """Widen heads without attention: all of their vectors are as wide as states."""
     tensors = {}
@@ -134,6 +148,7 @@ def _widen_linear(head: HeadFiles, wide: TargetShape, _: str) -> Widened:
 _WIDEN: dict[str, Callable[[HeadFiles, TargetShape, str], Widened]] = {
     "eagle": _widen_eagle,
     "parallel": _widen_eagle,
+    "graft": _widen_graft,
     "medusa": _widen_linear,
     "hydra": _widen_linear,
 }

@@ -53,7 +53,7 @@ Kind = Annotated[
     str,
     typer.Argument(
         metavar="KIND",
-        help="medusa, hydra, eagle, parallel or kangaroo.",
+        help="medusa, hydra, eagle, parallel, graft or kangaroo.",
         show_default=False,
     ),
 ]

@@ -33,6 +33,7 @@ DRAFTERS: Registry[type[Drafter]] = Registry(
         "hydra": "foretoken.drafters.hydra:HydraDrafter",
         "eagle": "foretoken.drafters.eagle:EagleDrafter",
         "parallel": "foretoken.drafters.parallel:ParallelDrafter",
+        "graft": "foretoken.drafters.graft:GraftDrafter",
         "speed": "foretoken.drafters.speed:SpeedDrafter",
         "cascade": "foretoken.drafters.cascade:CascadeDrafter",
     },

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from torch import Tensor
 
@@ -56,11 +57,13 @@ class TargetTensors:
         embedding: Of its tokens, [V, D].
         head: From its last states to logits, [V, D]; the embedding itself where they are tied.
         norm: Weight of its final norm, [D]; None if it has none.
+        directory: Where its files are; None of tensors that are of no files.
     """
 
     embedding: Tensor
     head: Tensor
     norm: Tensor | None
+    directory: Path | None = None
 
 
 def target_tensors(name_or_path: str) -> TargetTensors:
@@ -80,14 +83,15 @@ def target_tensors(name_or_path: str) -> TargetTensors:
                 "takes its embedding",
                 hint="save the target with save_pretrained",
             )
-        return _read(TensorFiles(directory))
+        return _read(directory)
     except ForetokenError:
         raise
     except Exception as error:  # what safetensors and the hub raise has no common base
         raise unreadable(name_or_path, error) from error
 
 
-def _read(files: TensorFiles) -> TargetTensors:
+def _read(directory: Path) -> TargetTensors:
+    files = TensorFiles(directory)
     embedding = _find(files.names, _EMBEDDINGS)
     if embedding is None:
         raise ModelError(
@@ -101,6 +105,7 @@ def _read(files: TensorFiles) -> TargetTensors:
         embedding=found[embedding],
         head=found[head or embedding],
         norm=None if norm is None else found[norm],
+        directory=directory,
     )
 
 

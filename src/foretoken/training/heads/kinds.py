@@ -47,6 +47,7 @@ KINDS: Registry[HeadKind] = Registry(
         "eagle": "foretoken.training.heads.eagle:KIND",
         "parallel": "foretoken.training.heads.parallel:KIND",
         "kangaroo": "foretoken.training.heads.kangaroo:KIND",
+        "graft": "foretoken.training.heads.graft:KIND",
     },
     group="foretoken.heads",
 )
