@@ -26,7 +26,7 @@ from foretoken.drafters.base import Drafter
 from foretoken.drafters.composite import CompositeDrafter
 from foretoken.drafters.model_drafter import ModelDrafter
 
-SMALL_TREE = "max_depth=4,min_gain=0.3,width=2,max_nodes=5"  # what `auto` has for the pair
+SMALL_TREE = "max_depth=4,min_gain=0.3,width=2,max_nodes=5,dtype=bfloat16"  # as `auto` has
 CHAIN = "expansion=1-1-1-1-1-1"
 SPECS = {
     "draft-model": ["draft-model:path={draft},{tree}"],

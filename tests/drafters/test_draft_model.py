@@ -475,6 +475,19 @@ def test_registered_drafter_is_built_from_its_text(tmp_path):
     assert max(map(len, draft.tree.children)) <= 2
 
 
+def test_the_draft_may_have_a_dtype_of_its_own(tmp_path):
+    build_module(tiny_config("llama", num_hidden_layers=1)).save_pretrained(tmp_path)
+    host = make_host(micro_model())
+
+    def drafter_of(more):
+        return prepare_drafter(ComponentSpec.parse(f"draft-model:path={tmp_path}{more}"))(host)
+
+    assert drafter_of("")._model.info.dtype is torch.float64  # as the host says for the target
+    assert drafter_of(",dtype=bfloat16")._model.info.dtype is torch.bfloat16
+    with pytest.raises(ConfigError, match=r"dtype is auto or one of .* got 'half'"):
+        drafter_of(",dtype=half")
+
+
 def options_of(text):
     return build_options(DraftModelOptions, ComponentSpec.parse(text))
 

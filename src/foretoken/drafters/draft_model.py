@@ -17,10 +17,13 @@ class DraftModelOptions(GrowthOptions):
 
     Args:
         path: Directory or hub id of the draft model; it shares the target's tokens.
+        dtype: Of its weights; without it, as for the target. What is drafted may differ by it,
+            what is said does not.
     """
 
     name: ClassVar[str] = "draft-model"
     path: str
+    dtype: str | None = None
 
 
 class DraftModelDrafter(ModelDrafter):
@@ -42,6 +45,6 @@ class DraftModelDrafter(ModelDrafter):
         Raises:
             ModelError: It cannot be loaded, or its tokens are others.
         """
-        model = load_model(options.path, dtype=host.dtype, device=host.device)
+        model = load_model(options.path, dtype=options.dtype or host.dtype, device=host.device)
         check_same_vocabulary(host.target, host.tokenizer, model, Tokenizer.load(options.path))
         return cls(model, options, host)
