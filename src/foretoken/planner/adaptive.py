@@ -30,7 +30,6 @@ from foretoken.planner.holding import Holding
 from foretoken.planner.outlook import Formula, Outlook
 from foretoken.planner.pacing import Pace, Probes, Trials
 
-_ADVANTAGE = 1.02  # how much better a way has to be than the present one to replace it
 _BEYOND_EVERY = 8  # planned steps, after as many at first, in which drafts are larger than planned
 _FREE_GAIN = 0.02  # tokens; a drafter whose levels need bring no more works as long for several
 _TRIAL_STEPS = 5  # of a trial
@@ -93,7 +92,8 @@ class AdaptivePlanner(Planner):
         self._rate = 0.0  # tokens per millisecond that it promises
         self._least_prob = 0.0  # of a node beyond the plan's size that is worth its row
         self._num_decoding = 0
-        self._has_always = False
+        self._is_idle = False  # nothing is drafted in this step, and nothing learned from it
+        self._idle_s = 0.0  # such steps, not told yet to those who count time
         self._num_plans = self._num_probes = 0
         self._probe: str | None = None
         self._is_probe_wasted = False  # it had to read what it had missed first
@@ -105,7 +105,7 @@ class AdaptivePlanner(Planner):
     def order(self, shares: Sequence[Share]) -> list[Order]:
         """Return for each request who drafts and within which bounds."""
         decoding = [share for share in shares if share.budget is not None]
-        self._step = None
+        self._step, self._is_idle = None, False
         # Where nobody may have a drafter there is nothing to plan.
         has_choice = any(share.drafters for share in decoding)
         if has_choice and self._pace.begins_plan(len(decoding)):
@@ -117,11 +117,11 @@ class AdaptivePlanner(Planner):
                 self._learn_count(share.request_id)
             self._plan(decoding, self._step)
             self._orders.clear()
-            self._has_always = any(self._always.intersection(it.drafters) for it in decoding)
             self._step.orders = [self._order(share) for share in shares]
             self._step.own_s = self._clock() - start_s
             return self._step.orders
-        if self._choice is PLAIN and not self._has_always:
+        if self._choice is PLAIN and all(self._always.isdisjoint(it.drafters) for it in decoding):
+            self._is_idle = not (self._is_trial or self._pace.is_settled)
             return [{}] * len(shares)
         return [self._usual_order(share) for share in shares]
 
@@ -176,7 +176,8 @@ class AdaptivePlanner(Planner):
         able = ways_of(decoding, self._arms)  # [B, A]
         outlook = self._formula.outlook(gains, able, prices, step_ms)
         self._choice, self._choices = PLAIN, dict.fromkeys(ids_of(decoding), PLAIN)
-        best, self._rate = self._best_arm(outlook.rates, plain_rate)
+        present = self._arms.index(self._present) if self._present else None
+        best, self._rate = outlook.best(present, plain_rate)
         if best is not None:
             step.draft_ms = float(outlook.draft_ms[best])
             size = int(outlook.sizes[best])
@@ -228,20 +229,6 @@ class AdaptivePlanner(Planner):
         else:
             self._choose_arm(decoding, tried, int(outlook.sizes[tried]), gains, able)
 
-    def _best_arm(self, rates: NDArray[np.float64], plain_rate: float) -> tuple[int | None, float]:
-        """Return the way to draft and its rate; the present one stays unless another is better.
-
-        Args:
-            rates: Tokens per millisecond of each way at its best size, [A].
-            plain_rate: That of plain decoding, which is the way None.
-        """
-        best = int(rates.argmax())
-        present = self._arms.index(self._present) if self._present else None
-        present_rate = plain_rate if present is None else float(rates[present])
-        if rates[best] >= _ADVANTAGE * present_rate:
-            present, present_rate = best, float(rates[best])
-        return (present, present_rate) if present_rate > plain_rate else (None, plain_rate)
-
     def _choose_probe(self, decoding: Sequence[Share]) -> None:
         """Choose a drafter that nobody uses, if its time has come."""
         in_use = {label for arm, _ in self._choices.values() for label in arm}
@@ -255,6 +242,8 @@ class AdaptivePlanner(Planner):
 
     def choose(self, shares: Sequence[Share], drafts: Sequence[Draft]) -> list[Draft]:
         """Return the drafts cut down to the nodes that are worth their rows."""
+        if self._is_idle:
+            return list(drafts)
         self._proposed = drafts
         if self._step is None:
             return [self._within(share, draft) for share, draft in zip(shares, drafts, strict=True)]
@@ -299,11 +288,15 @@ class AdaptivePlanner(Planner):
         times: StepTimes,
     ) -> None:
         """Learn what was kept, and what it took."""
+        if self._is_idle:
+            self._idle_s += times.total_s
+            return
         # Where prompts are read, times say little about what comes after them.
         has_prompts = any(share.num_rows > 1 for share in shares)
         step = self._step
         if not has_prompts:
-            self._probes.earn(times.total_s)
+            self._probes.earn(times.total_s + self._idle_s)
+            self._idle_s = 0.0
         if self._is_trial:
             self._probes.pay(max(_LEAST_LOSS * times.total_s, self._loss_s(verdicts, times)))
         if step is None:

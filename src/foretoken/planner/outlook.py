@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 from foretoken.core.jit import jit
 from foretoken.planner.gains import Arm
 
+_ADVANTAGE = 1.02  # how much better a way has to be than the present one to replace it
+
 
 @dataclass(frozen=True, slots=True)
 class Outlook:
@@ -25,6 +27,19 @@ class Outlook:
     rates: NDArray[np.float64]
     sizes: NDArray[np.int64]
     draft_ms: NDArray[np.float64]
+
+    def best(self, present: int | None, plain_rate: float) -> tuple[int | None, float]:
+        """Return the way to take and its rate; the present one stays unless another is better.
+
+        Args:
+            present: The way that is taken now; None is plain decoding.
+            plain_rate: Its tokens per millisecond.
+        """
+        best = int(self.rates.argmax())
+        present_rate = plain_rate if present is None else float(self.rates[present])
+        if self.rates[best] >= _ADVANTAGE * present_rate:
+            present, present_rate = best, float(self.rates[best])
+        return (present, present_rate) if present_rate > plain_rate else (None, plain_rate)
 
 
 class Formula:

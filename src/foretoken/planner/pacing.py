@@ -9,7 +9,7 @@ PLANNING_S = 125e-6  # for planning, at most, per request and step, however long
 PROBING_SHARE = 0.01  # of it, at most, for drafters that are tried and not expected to pay
 
 _FIRST_PLANS = 8  # are made step by step, however short steps are
-_MOST_STEPS = 64  # from one plan to the next
+_MOST_STEPS = 128  # from one plan to the next
 _HASTE = 4.0  # times as often as their price allows, at most, plans come where texts change
 _UNSETTLED_STEPS = 2  # after a plan and the first step by it
 _LEARNED_EVERY = 16  # steps between plans
@@ -42,8 +42,8 @@ class Pace:
         """Return whether to plan in the step that begins; to be asked once per step."""
         self._steps_left -= 1
         self._num_past += 1
-        few, many = sorted((num_requests, self._num_requests))
-        is_due = self._steps_left < 0 or many >= _OTHER_BATCH * few
+        ratio = num_requests / max(1, self._num_requests)
+        is_due = self._steps_left < 0 or not 1 / _OTHER_BATCH < ratio < _OTHER_BATCH
         if is_due:
             self._num_requests = num_requests
             self._num_plans += 1
