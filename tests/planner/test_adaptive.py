@@ -223,6 +223,26 @@ def test_while_a_plan_holds_what_is_free_to_draft_is_longer_where_it_is_likely()
     assert kept(-4.0) == size
 
 
+def test_an_order_is_kept_until_the_bounds_of_the_request_come_near_it():
+    simulated = machine(SMALL, good=0.8)
+    planner = simulated.planner()
+    simulated.run(planner, num_steps=1500)
+
+    def order(room):
+        budget = DraftBudget(max_nodes=16, max_depth=room)
+        return planner.order([SimulatedShare("r0", ("model", "copy"), budget)])[0]
+
+    while not order(16) or planner._step is not None or planner._is_trial:
+        pass
+    size = planner._choices["r0"][1]
+    kept = order(16)
+    assert order(15) is kept
+    for room in range(size, 0, -1):
+        near = order(room)
+        if planner._step is None:
+            assert all(bounds.max_depth <= room for bounds in near.values())
+
+
 def test_where_nobody_may_have_a_drafter_nothing_is_planned():
     read = 0
 

@@ -16,8 +16,10 @@ from foretoken.planner.choices import (
     PLAIN,
     Choice,
     PlannedStep,
+    are_ample,
     ids_of,
     keep_best,
+    longer,
     share_out,
     ways_of,
     who_drafts,
@@ -127,9 +129,11 @@ class AdaptivePlanner(Planner):
 
     def _usual_order(self, share: Share) -> Order:
         """Return the order of a step that is not planned; the last one, if bounds are the same."""
-        kept = self._orders.get(share.request_id)
-        if kept is None or kept[0] is not share.budget:
-            kept = self._orders[share.request_id] = share.budget, self._order(share)
+        kept, budget = self._orders.get(share.request_id), share.budget
+        size = longer(self._choices.get(share.request_id, self._choice)[1])
+        is_own = self._always.isdisjoint(share.drafters)  # those have the request's own bounds
+        if kept is None or not (kept[0] is budget or (is_own and are_ample(kept[0], budget, size))):
+            kept = self._orders[share.request_id] = budget, self._order(share)
         return kept[1]
 
     def _order(self, share: Share) -> Order:
@@ -150,7 +154,7 @@ class AdaptivePlanner(Planner):
         # Where length is free more may be drafted; what is not worth its row is cut away.
         is_longer = min_gain < _FREE_GAIN if self._step is None else self._looks_beyond
         if size and is_longer and not self._is_trial:
-            size += 2 + size // 2
+            size = longer(size)
         return replace(budget, max_nodes=min(size, budget.max_nodes), min_gain=min_gain)
 
     @property

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from foretoken.core.draft import Draft
+from foretoken.core.draft import Draft, DraftBudget
 from foretoken.planner.base import Order, Share
 from foretoken.planner.gains import Arm
 
@@ -111,6 +111,21 @@ def keep_best(
     ]
 
 
+def longer(size: int) -> int:
+    """Return how many nodes drafts have that are to be longer than a plan wants."""
+    return size + 2 + size // 2
+
+
+def are_ample(before: DraftBudget | None, now: DraftBudget | None, size: int) -> bool:
+    """Return whether neither of two bounds of a request is one for drafts of so many nodes.
+
+    Towards the end of a request its bounds shrink in every step, most of them far above the plan's.
+    """
+    if before is None or now is None:
+        return False
+    return min(before.max_nodes, before.max_depth, now.max_nodes, now.max_depth) >= size
+
+
 def ids_of(shares: Sequence[Share]) -> list[str]:
     """Return the ids of some requests."""
     return [share.request_id for share in shares]
@@ -120,8 +135,10 @@ __all__ = [
     "PLAIN",
     "Choice",
     "PlannedStep",
+    "are_ample",
     "ids_of",
     "keep_best",
+    "longer",
     "share_out",
     "ways_of",
     "who_drafts",
