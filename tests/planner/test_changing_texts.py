@@ -51,15 +51,18 @@ def speeds(name, texts, num_requests):
     return [[sum(each) / NUM_SEEDS for each in zip(*kind, strict=True)] for kind in kinds]
 
 
-@pytest.mark.parametrize(("name", "num_requests"), [("small", 1), ("small", 4), ("large", 4)])
-def test_drafts_that_become_good_are_found(name, num_requests):
+@pytest.mark.parametrize(
+    ("name", "num_requests", "least"), [("small", 1, 0.87), ("small", 4, 0.9), ("large", 4, 0.93)]
+)
+def test_drafts_that_become_good_are_found(name, num_requests, least):
     """Before tokens were counted while a plan holds, 0.75, 0.88 and 0.66 of the best.
 
-    Over twenty seeds it is 0.90, 0.91 and 0.95, with a spread of 0.03 from six to six.
+    Now 0.88, 0.91 and 0.96. Two seeds, as there were once, scatter from 0.89 to 0.94 in the first
+    case for changes that make none over twenty.
     """
     _, (over_plain, over_best) = speeds(name, [HARD] * 8 + [EASY] * 8, num_requests)
     assert over_plain > 0.97
-    assert over_best > 0.87
+    assert over_best > least
 
 
 @pytest.mark.parametrize(("name", "num_requests"), [("small", 1), ("small", 4), ("large", 4)])
