@@ -26,7 +26,7 @@ from foretoken.models.batch import Segment
 from foretoken.models.cache import CachedSequence, KVCache
 from foretoken.models.loading import load_model
 from foretoken.planner.cost import CostCurve, CostModel
-from foretoken.planner.cost_measure import Contexts, measure_cost
+from foretoken.planner.cost_measure import Contexts, measure_cost, time_streak
 
 ROWS = (1, 3, 5, 7, 9, 12, 15, 17, 19, 23, 27, 30)
 BATCHES = ((2, 1), (2, 5), (3, 4), (4, 2), (6, 1), (6, 4))  # requests, rows of each
@@ -71,15 +71,14 @@ class Sequences:
         return self._random.integers(self._model.info.vocab_size, size=count).tolist()
 
     def time_pass(self, case: HeldOut) -> float:
-        """Return the seconds of one pass."""
+        """Return the seconds of a pass, after others like it if it is short."""
         sequences = [self._get(index, case.num_keys) for index in range(case.num_requests)]
         chain = range(-1, case.num_rows - 1)
         with self._cache.speculate(sequences):
             segments = [Segment(it, self._draw_ids(case.num_rows), chain) for it in sequences]
             batch = self._model.batch(self._cache, segments)
-            start_s = time.perf_counter()
-            self._model.forward(batch, range(batch.num_rows))
-            return time.perf_counter() - start_s
+            rows = range(batch.num_rows)
+            return time_streak(lambda: self._model.forward(batch, rows), time.perf_counter)
 
 
 def errors(predicted: Sequence[float], actual: Sequence[float]) -> dict[str, float]:

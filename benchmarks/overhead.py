@@ -2,8 +2,9 @@
 
     python benchmarks/overhead.py [--requests N] [--temperature T] [--rounds N] [--output FILE]
 
-Wraps the forward of target and draft in timers; what is left of the step is scheduling, drafting
-book-keeping, batch building, verification, commit, decoding to text and emission. With several
+Wraps the forward of target and draft in timers, and the call in which the draft grows its trees;
+what is left of the step is scheduling, drafting book-keeping, batch building, verification, commit,
+decoding to text and emission. With several
 requests at once, only steps that serve all of them count: those until the first one ends.
 """
 
@@ -20,6 +21,7 @@ import torch
 
 from foretoken import LLM, SamplingParams
 from foretoken.models.adapter import LanguageModel
+from foretoken.models.decoder import CompiledDecoder
 
 
 class Stopwatch:
@@ -73,6 +75,7 @@ def main() -> None:
     passes = Stopwatch()
     # Both models are LanguageModel objects, so one wrapped method times every pass.
     LanguageModel.forward = passes.wrap(LanguageModel.forward)  # type: ignore[method-assign]
+    CompiledDecoder.grow = passes.wrap(CompiledDecoder.grow)  # type: ignore[method-assign]
     torch.set_num_threads(args.threads)
     llm = LLM("stories", max_nodes=8, adaptive=False, max_requests=args.requests)
     prompts = record.OPENINGS.read_text(encoding="utf-8").splitlines()

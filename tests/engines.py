@@ -34,6 +34,8 @@ class TableModel:
         eos_ids: Token ids that end a sequence.
     """
 
+    tree_grower = None
+
     def __init__(self, logits, *, context_limit=256, eos_ids=()):
         self.table = logits.double()
         self.info = ModelInfo(

@@ -13,7 +13,9 @@ PARAMS = SamplingParams(max_new_tokens=8, ignore_eos=True)
 
 @pytest.fixture(scope="module")
 def llm(pair):
-    return LLM(pair.target, drafters=f"draft-model:path={pair.draft}", max_nodes=4)
+    # Trees of a given shape grow level by level: their passes can be seen from outside.
+    drafter = f"draft-model:path={pair.draft},expansion=1-1-1-1"
+    return LLM(pair.target, drafters=drafter, max_nodes=4)
 
 
 def test_phases_add_up_to_the_total(llm):

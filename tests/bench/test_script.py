@@ -1,9 +1,15 @@
 """A target that says what it is told, by passes and verification that really run."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from foretoken import LLM, SamplingParams
+from foretoken.bench import script
+from foretoken.bench.clocks import Seconds
+from foretoken.bench.foretoken_host import ForetokenHost, ForetokenSpec
 from foretoken.bench.script import CERTAIN, scripted
+from foretoken.bench.systems import Task
 
 PROMPT, OTHER = tuple(b"once upon a time"), tuple(b"another one")
 SCRIPT = (7, 3, 7, 3, 7, 3, 7, 200, 7, 3, 7, 3)
@@ -106,3 +112,32 @@ def test_it_leaves_nothing_behind(llm):
     )
     with scripted(parts, {}):
         assert "forward" not in vars(parts.target)
+
+
+def test_the_telling_is_not_in_a_turns_time(pair, monkeypatch):
+    """A clock that only the telling moves: what is left of a turn is nothing."""
+    clock = SimpleNamespace(seconds=0.0)
+    choices = script._choices
+
+    def slow_choices(*arguments):
+        clock.seconds += 5.0
+        return choices(*arguments)
+
+    monkeypatch.setattr(script, "_choices", slow_choices)
+    monkeypatch.setattr(Seconds, "now", lambda: Seconds(clock.seconds, 2 * clock.seconds))
+    host = ForetokenHost(
+        ForetokenSpec(
+            model=pair.target,
+            drafters=("none",),
+            max_nodes=1,
+            dtype="float32",
+            device="cpu",
+            threads=1,
+            max_batch=1,
+            max_tokens=64,
+        )
+    )
+    task = Task(prompt_ids=PROMPT, max_new_tokens=4, temperature=0.0, seed=0, script=SCRIPT)
+    turn = host.run([task, task], batch_size=1, speculative=False)
+    assert clock.seconds == 2 * 4 * 5.0
+    assert (turn.unit_s, turn.cpu_s) == ([0.0, 0.0], 0.0)

@@ -1,7 +1,9 @@
 """Sweeps: fresh texts, rounds as needed, records that survive, and what is concluded."""
 
 import io
+import itertools
 import json
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -10,12 +12,14 @@ from rich.console import Console
 from foretoken.bench.peers.base import PeerOutput
 from foretoken.bench.record import different_tokens
 from foretoken.bench.runner import System
+from foretoken.bench.sweep import run as sweep_run
 from foretoken.bench.sweep.cell import as_entry, measure
 from foretoken.bench.sweep.plots import write_plots
 from foretoken.bench.sweep.report import print_report
 from foretoken.bench.sweep.run import run_sweep
+from foretoken.bench.sweep.schedule import SLICE_S, TURN_S, Schedule, orders
 from foretoken.bench.sweep.settings import CellKey, Kind, SweepSettings
-from foretoken.bench.sweep.summary import goals, is_close, wins
+from foretoken.bench.sweep.summary import goals, is_close, resolution, wins
 from foretoken.bench.sweep.work import SweepWork, edited
 from foretoken.bench.systems import HostInfo, Task, Turn
 from foretoken.errors import ConfigError, ForetokenError
@@ -38,6 +42,7 @@ def sweep_settings(pair):
             "max_nodes": (4,),
             "workloads": (RANDOM,),
             "num_prompts": 1,
+            "least_seconds": 0.0,
             "max_new_tokens": 6,
             "temperatures": (0.0, 1.0),
             "batch_sizes": (1, 2),
@@ -48,7 +53,6 @@ def sweep_settings(pair):
             "dtype": "float32",
             "device": "cpu",
             "threads": 1,
-            "in_process": True,
         }
         return SweepSettings(**{**values, **changes})
 
@@ -68,12 +72,13 @@ def all_work(sweep_settings, pair):
 
 def test_no_prompt_ever_comes_again(all_work):
     settings, work = all_work
-    tasks = [task for key in settings.cells for n in range(3) for task in work.tasks(key, n)]
-    assert len(tasks) == 12 * 3 * 2
+    # Two rounds, and two to warm up.
+    tasks = [task for key in settings.cells for n in range(4) for task in work.tasks(key, n, 2)]
+    assert len(tasks) == 12 * 4 * 2
     assert len({task.seed for task in tasks}) == len(tasks)
     # Stories may begin alike by chance; two random or edited texts of the same tokens never do.
     made = [task.prompt_ids + task.script for task in tasks if task.script]
-    assert len(set(made)) == len(made) == 8 * 3 * 2
+    assert len(set(made)) == len(made) == 8 * 4 * 2
     begun = [task.prompt_ids for task in tasks if not task.script]
     assert len(set(begun)) > 0.8 * len(begun)
 
@@ -82,14 +87,15 @@ def test_the_same_settings_give_the_same_tasks(all_work, pair):
     settings, work = all_work
     again = SweepWork(settings, Tokenizer.load(pair.target), INFO)
     for key in settings.cells:
-        assert work.tasks(key, 1) == again.tasks(key, 1)
+        assert work.tasks(key, 1, 2) == again.tasks(key, 1, 2)
+        assert again.tasks(key, 1, 3)[:2] == work.tasks(key, 1, 2)
 
 
 def test_an_edit_repeats_its_text_but_for_some_words(all_work, pair):
     settings, work = all_work
     decode = Tokenizer.load(pair.target).decode
     for key in (key for key in settings.cells if key.workload is EDIT):
-        for task in work.tasks(key, 0):
+        for task in work.tasks(key, 0, 2):
             assert len(task.script) == settings.max_new_tokens == task.max_new_tokens
             text, said = decode(task.prompt_ids), decode(task.script)
             words, kept = text.split(), said.split()[:-1]  # the last word may be cut
@@ -101,7 +107,7 @@ def test_an_edit_repeats_its_text_but_for_some_words(all_work, pair):
 def test_random_tokens_come_from_the_whole_vocabulary(all_work):
     _, work = all_work
     key = CellKey(RANDOM, 0.0, 2)
-    tasks = [task for number in range(3) for task in work.tasks(key, number)]
+    tasks = [task for number in range(3) for task in work.tasks(key, number, 2)]
     token_ids = [token_id for task in tasks for token_id in task.prompt_ids + task.script]
     assert len(token_ids) == 6 * 92
     # 552 draws of 257: about 227 different ones; fewer than 190 are more than 8 deviations off.
@@ -135,7 +141,7 @@ def test_a_model_that_cannot_be_asked_is_refused(
 
 def test_random_tokens_need_no_tokenizer(sweep_settings):
     settings = sweep_settings()
-    [task] = SweepWork(settings, None, INFO).tasks(settings.cells[0], 0)
+    [task] = SweepWork(settings, None, INFO).tasks(settings.cells[0], 0, 1)
     assert (len(task.prompt_ids), len(task.script)) == (32, 6)
 
 
@@ -145,6 +151,8 @@ def test_random_tokens_need_no_tokenizer(sweep_settings):
         ({"drafters": ()}, "a sweep compares drafters; got none"),
         ({"rounds": 3, "max_rounds": 2}, "max_rounds is at least rounds, 3; got 2"),
         ({"width": 0.0}, "width is a part of a ratio, > 0; got 0.0"),
+        ({"least_seconds": -1.0}, r"least_seconds is in \[0, 600\]; got -1.0"),
+        ({"least_seconds": float("nan")}, "least_seconds is in"),
     ],
 )
 def test_settings_are_checked(sweep_settings, changes, message):
@@ -168,16 +176,140 @@ class TimedHost:
         return Turn(outputs=[output] * len(tasks), unit_s=[seconds])
 
 
+class SteadyHost:
+    """Takes so many seconds for a batch, and remembers what it was asked and when."""
+
+    def __init__(self, batch_s, calls=None, *, cpu_s=None, warm_up=0):
+        self.batch_s, self.cpu_s, self.num_cold = batch_s, cpu_s, warm_up
+        self.calls = [] if calls is None else calls
+
+    def run(self, tasks, *, batch_size, speculative):
+        self.calls.append((self, [task.seed for task in tasks]))
+        assert len(tasks) % batch_size == 0
+        num_batches = len(tasks) // batch_size
+        seconds = [self.batch_s] * num_batches
+        if self.num_cold:
+            self.num_cold -= 1
+            seconds[0] *= 50
+        output = PeerOutput(token_ids=[1] * 6, seconds=0.0, num_steps=3)
+        cpu_s = None if self.cpu_s is None else self.cpu_s * num_batches
+        return Turn(outputs=[output] * len(tasks), unit_s=seconds, cpu_s=cpu_s)
+
+
 class AnyWork:
-    def tasks(self, key, round_number):
-        return [Task(prompt_ids=(5, 6), max_new_tokens=6, temperature=0.0, seed=round_number)]
+    def tasks(self, key, round_number, num_prompts):
+        first = 1000 * round_number
+        return [
+            Task(prompt_ids=(5, 6), max_new_tokens=6, temperature=0.0, seed=first + number)
+            for number in range(num_prompts)
+        ]
 
 
-def measured(settings, **hosts):
-    systems = [System(name, "plain", host, is_peer=False) for name, host in hosts.items()]
-    key = settings.cells[0]
+def measured(settings, key=None, **hosts):
+    systems = [
+        System(name.replace("_", " "), "plain", host, is_peer=False) for name, host in hosts.items()
+    ]
+    key = key or settings.cells[0]
     rounds = measure(key, systems, AnyWork(), settings, lambda *_: None)
     return as_entry(key, rounds)
+
+
+def test_a_big_model_has_no_more_work_than_asked_for():
+    schedule = Schedule.least(batch_size=2, num_prompts=5).fitted(batch_s=3.0, least_s=1.0)
+    assert schedule == Schedule(
+        batch_size=2, batches_per_round=3, batches_per_lap=1, laps_per_slice=2
+    )
+    assert schedule.num_prompts == 6  # whole batches
+    assert [len(part) for part in schedule.slices(range(6))] == [4, 2]
+
+
+@pytest.mark.parametrize("batch_s", [0.0004, 0.003, 0.026, 0.07, 0.2, 0.3])
+def test_a_small_model_has_work_for_the_time_asked_for(batch_s):
+    schedule = Schedule.least(batch_size=4, num_prompts=8).fitted(batch_s, least_s=1.0)
+    lap_s = schedule.batches_per_lap * batch_s
+    assert 0.67 * TURN_S < lap_s < 1.5 * max(TURN_S, batch_s)
+    slice_s = lap_s * schedule.laps_per_slice
+    assert SLICE_S / 2 < slice_s <= max(1.5 * SLICE_S, 2 * batch_s)
+    assert 1.0 <= schedule.batches_per_round * batch_s < 1.0 + slice_s
+    slices = schedule.slices(range(schedule.num_prompts))
+    assert {len(schedule.laps(part)) for part in slices} == {schedule.laps_per_slice}
+    assert schedule.laps_per_slice % 2 == 0
+
+
+def test_every_order_comes_with_its_reverse():
+    laps = orders("abcd", seed=3)
+    drawn = ["".join(next(laps)) for _ in range(400)]
+    assert all(sorted(order) == list("abcd") for order in drawn)
+    assert drawn[1::2] == [order[::-1] for order in drawn[::2]]
+    again = orders("abcd", seed=3)
+    assert drawn == ["".join(next(again)) for _ in range(400)]
+
+
+def test_everybody_comes_after_everybody_else():
+    """In a cycle one always comes after the largest, whose work has filled the caches."""
+    laps = orders("abcd", seed=0)
+    turns = "".join("".join(next(laps)) for _ in range(4000))
+    pairs = Counter(itertools.pairwise(turns))
+    # 12 pairs share 12000 places within laps, and all 16 the 2000 before a drawn order; who is
+    # last before a reverse is first in it.
+    for count in (pairs[pair] for pair in itertools.permutations("abcd", 2)):
+        assert 900 < count < 1350
+    assert all(500 < pairs[name, name] < 750 for name in "abcd")
+
+
+def test_systems_take_short_turns_with_the_same_prompts(sweep_settings):
+    calls = []
+    fast, slow = SteadyHost(0.02, calls), SteadyHost(0.04, calls)
+    settings = sweep_settings(rounds=2, max_rounds=2, least_seconds=0.5, batch_sizes=(3,))
+    entry = measured(settings, plain=fast, slow=slow)
+    assert entry["systems"]["slow"]["speed_up"]["median"] == 0.5
+    # A turn is two batches, a slice four turns: four slices make the half second full.
+    assert (entry["num_rounds"], entry["num_slices"]) == (2, 2 * 4)
+    assert entry["num_prompts_per_round"] == 4 * 4 * 2 * 3
+    assert entry["num_tokens_per_round"] == 6 * entry["num_prompts_per_round"]
+    ours = [seeds for host, seeds in calls if host is fast]
+    assert ours == [seeds for host, seeds in calls if host is slow]
+    seen = [seed for seeds in ours for seed in seeds]
+    assert len(set(seen)) == len(seen)  # no prompt twice, warm-ups included
+    places = [host is fast for host, _ in calls]
+    assert all(sum(places[lap : lap + 2]) == 1 for lap in range(0, len(places), 2))
+
+
+def test_a_cold_start_does_not_shorten_the_rounds(sweep_settings):
+    """The first batch compiles code; what it takes says nothing of the others."""
+    settings = sweep_settings(least_seconds=0.5)
+    cold = measured(settings, plain=SteadyHost(0.02, warm_up=1), plain_again=SteadyHost(0.02))
+    warm = measured(settings, plain=SteadyHost(0.02), plain_again=SteadyHost(0.02))
+    assert cold["num_prompts_per_round"] == warm["num_prompts_per_round"] > 1
+
+
+def test_the_second_plain_engine_says_what_cannot_be_resolved(sweep_settings):
+    settings = sweep_settings(rounds=2, max_rounds=2)
+    hosts = {"plain": TimedHost([1.0]), "good": TimedHost([0.5]), "auto": TimedHost([1.04])}
+    entry = measured(settings, **hosts, plain_again=TimedHost([1.25]))
+    assert list(entry["systems"]) == ["plain", "good", "auto"]
+    assert entry["plain_again"]["median"] == 0.8
+    assert resolution({"cells": [entry]}) == (pytest.approx(0.2), pytest.approx(0.2))
+    assert not entry["goals"]["plain"]["holds"]
+    assert not entry["goals"]["plain"]["is_clear"]  # 0.96, where doing the same gives 0.8
+    assert entry["goals"]["best_fixed"]["is_clear"]
+    alone = measured(settings, **hosts)
+    assert "plain_again" not in alone
+    assert resolution({"cells": [alone]}) is None
+    assert alone["goals"]["plain"]["is_clear"]
+
+
+def test_processor_time_is_told_beside_the_walls(sweep_settings):
+    """A neighbour who takes the processor makes a turn longer, not its processor time."""
+    plain, auto = SteadyHost(1.0, cpu_s=1.0), SteadyHost(1.25, cpu_s=1.0)
+    entry = measured(sweep_settings(), plain=plain, other=SteadyHost(2.0, cpu_s=2.0), auto=auto)
+    goal = entry["goals"]["plain"]
+    assert (goal["median"], goal["cpu"]["median"]) == (0.8, 1.0)
+    assert (goal["holds"], goal["holds_by_cpu"]) == (False, True)
+    assert entry["systems"]["auto"]["cpu_seconds"] == [1.0]
+    uncounted = measured(sweep_settings(), plain=SteadyHost(1.0), auto=SteadyHost(1.0))
+    assert "cpu" not in uncounted["goals"]["plain"]
+    assert "cpu_seconds" not in uncounted["systems"]["auto"]
 
 
 def test_rounds_end_when_the_ratios_are_known(sweep_settings):
@@ -264,6 +396,8 @@ def test_every_method_is_measured_in_every_cell(record):
     ]
     for cell in cells:
         assert list(cell["systems"]) == ["plain", "draft-model", "prompt-lookup", "auto"]
+        assert all(sum(it["cpu_seconds"]) > 0 for it in cell["systems"].values())
+        assert cell["plain_again"]["against"] == "plain"
         assert cell["num_tokens_per_round"] == 80
         assert cell["systems"]["plain"]["tokens_per_step"] == 1
         assert all(len(it["seconds"]) == 2 for it in cell["systems"].values())
@@ -295,6 +429,37 @@ def test_the_report_has_a_table_per_text_and_the_conclusions(record):
     assert "best fixed method: " in text
     assert "of 6 cells" in text
     assert "auto is at least 0.98 × plain: " in text
+    assert text.count("plain, second engine") == text.count("auto, processor time") == 6
+    assert "two engines that both decode plainly differ by up to" in text
+
+
+def test_the_report_says_where_processor_time_says_otherwise(record):
+    changed = json.loads(json.dumps(record))
+    for cell in changed["cells"]:
+        goal = cell["goals"]["plain"]
+        goal["holds_by_cpu"] = not goal["holds"]
+    out = io.StringIO()
+    print_report(changed, Console(file=out, width=300))
+    [line] = [line for line in out.getvalue().splitlines() if "0.98 × plain" in line]
+    assert line.endswith("; processor time says otherwise in 6")
+
+
+def test_all_methods_share_one_target_and_plain_has_no_drafters(sweep_settings, monkeypatch):
+    engines = []
+
+    class Watched(sweep_run.ForetokenHost):
+        def __init__(self, spec, target):
+            super().__init__(spec, target)
+            engines.append(self._llm.engine)
+
+    monkeypatch.setattr(sweep_run, "ForetokenHost", Watched)
+    run_sweep(sweep_settings(temperatures=(0.0,), batch_sizes=(1,)), ["foretoken"])
+    plain, model, again, lookup, auto = engines
+    assert len({id(engine.parts.target) for engine in engines}) == 1
+    assert len({id(engine.cache) for engine in engines}) == 5
+    assert plain.drafters == again.drafters == {}
+    assert "draft-model" in model.drafters.keys() & auto.drafters.keys()
+    assert "prompt-lookup" in lookup.drafters.keys() & auto.drafters.keys()
 
 
 def test_the_picture_is_drawn(record, tmp_path):
@@ -328,7 +493,7 @@ def test_a_sweep_goes_on_where_it_was_cut_off(sweep_settings, tmp_path):
 
 def test_a_whole_record_needs_no_model(sweep_settings, record, tmp_path, monkeypatch):
     (tmp_path / "record.json").write_text(json.dumps(record))
-    monkeypatch.setattr("foretoken.bench.sweep.run.load_host", None)
+    monkeypatch.setattr("foretoken.bench.sweep.run.load_model", None)
     assert run_sweep(whole(sweep_settings), ["foretoken"], tmp_path) == record
 
 
@@ -341,6 +506,12 @@ def test_a_record_of_other_settings_is_not_mixed_with(sweep_settings, tmp_path):
     record = run_sweep(other, ["foretoken"], tmp_path, begins_anew=True)
     assert record["settings"]["seed"] == 5
     assert first["settings"]["seed"] == 0
+
+
+def test_a_record_of_an_earlier_format_is_not_mixed_with(sweep_settings, record, tmp_path):
+    (tmp_path / "record.json").write_text(json.dumps({**record, "format": 1}))
+    with pytest.raises(ConfigError, match=r"has format 1, which .* this version writes 2"):
+        run_sweep(whole(sweep_settings), ["foretoken"], tmp_path)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"what": "foretoken bench"}'])
@@ -358,7 +529,7 @@ def test_a_method_that_fails_ends_the_sweep_with_its_record(sweep_settings, tmp_
 
     def failing(self, tasks, **how):
         calls.append(how)
-        if len(calls) > 10:  # two cells are 4 systems, once to warm up and once to count
+        if len(calls) > 12:  # a cell is 5 systems, once to warm up and once to count
             raise ForetokenError("broken", hint="mend it")
         return run(self, tasks, **how)
 
@@ -378,3 +549,14 @@ def test_progress_names_cell_round_and_method(sweep_settings):
     assert "loading auto" in seen.details
     assert "random, temperature 0, batch 2, round 1 of 1 to 1: prompt-lookup" in seen.details
     assert seen.details[-1] == "done"
+
+
+def test_the_time_that_is_left_goes_by_cells_measured_now(monkeypatch):
+    """Cells that were found took no time of this run."""
+    now = SimpleNamespace(seconds=100.0)
+    monkeypatch.setattr("foretoken.bench.sweep.run.time.monotonic", lambda: now.seconds)
+    left = sweep_run._TimeLeft(num_found=4, num_all=10)
+    left.start()
+    assert left.after(4) is None
+    now.seconds += 30.0
+    assert left.after(6) == 15.0 * 4

@@ -2,16 +2,19 @@
 
 import json
 import re
+import threading
 from pathlib import Path
 
 import pytest
 import typer
 
 from foretoken.cli.main import app
+from foretoken.cli.progress import progress_bar, time_left
+from foretoken.core.progress import Progress
 
 TINY = (
     *("--max-new-tokens", 4, "--num-prompts", 1, "--rounds", 1, "--max-rounds", 1),
-    *("--batch-size", 1, "--temperature", 0, "--threads", 1, "--in-process"),
+    *("--batch-size", 1, "--temperature", 0, "--threads", 1, "--least-seconds", 0),
 )
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "sweep.md"
 
@@ -73,7 +76,29 @@ def test_a_folder_is_gone_on_with(sweep, tmp_path):
 def test_finished_cells_are_told(sweep):
     done = sweep("--workload", "random", "--temperature", 1)
     assert done.code == 0
-    assert done.err.splitlines() == ["1 of 2 cells", "2 of 2 cells"]
+    assert done.err.splitlines() == ["1 of 2 cells, less than a minute left", "2 of 2 cells"]
+
+
+@pytest.mark.parametrize(
+    ("left_s", "text"),
+    [(None, ""), (29.0, "less than a minute left"), (100.0, "about 2 min left")],
+)
+def test_the_time_that_is_left_in_words(left_s, text):
+    assert time_left(Progress(done=1, total=2, left_s=left_s)) == text
+
+
+def test_nothing_draws_while_something_is_measured(monkeypatch, capsys):
+    """A thread that draws ten times a second would take part in every turn."""
+    monkeypatch.setattr("foretoken.cli.progress.is_terminal", lambda _: True)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    before = threading.active_count()
+    with progress_bar(is_still=True) as report:
+        report(Progress(done=1, total=3, stage="cells", detail="round 1", left_s=200.0))
+        assert threading.active_count() == before
+    assert "cells  round 1  about 3 min left" in capsys.readouterr().err
+    with progress_bar() as report:
+        assert threading.active_count() == before + 1
 
 
 def test_other_tokens_than_plain_decoding_are_an_error(sweep, monkeypatch):
@@ -103,6 +128,7 @@ def test_other_tokens_than_plain_decoding_are_an_error(sweep, monkeypatch):
         (["--rounds", 2], "max_rounds is at least rounds, 2; got 1", "--max-rounds"),
         (["--num-prompts", 0], "num_prompts is an integer >= 1; got 0", "--num-prompts"),
         (["--max-new-tokens", 100], "need a context of 200 tokens", "--max-new-tokens"),
+        (["--least-seconds", -1], "least_seconds is in [0, 600]; got -1", "--least-seconds"),
         (["--width", "x"], "'x' is not a number", ""),
     ],
 )

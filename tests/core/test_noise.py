@@ -124,6 +124,16 @@ def test_blocks_give_the_same_noise_in_any_order(requests):
         assert torch.equal(blocks.row(position, vocab_size, CPU), expected)
 
 
+@given(st.integers(0, 40), st.integers(1, 30))
+def test_rows_ahead_are_those_of_their_positions(position, num_wanted):
+    blocks = NoiseBlocks(7)
+    rows = blocks.rows(position, 5, num_wanted)
+    assert min(num_wanted, NoiseBlocks.BLOCK // 2) <= len(rows) <= num_wanted
+    for place, row in enumerate(rows):
+        assert torch.equal(row, blocks.row(position + place, 5, CPU))
+    assert len(blocks._blocks) <= 2  # nothing is computed far ahead
+
+
 def test_blocks_far_behind_are_forgotten():
     blocks = NoiseBlocks(7)
     for position in range(50 * NoiseBlocks.BLOCK):

@@ -13,6 +13,7 @@ from foretoken.core.options import ComponentSpec
 from foretoken.core.verdict import Exactness
 from foretoken.engine.names import resolve_drafters
 from foretoken.errors import ConfigError, ModelError, UnknownNameError
+from foretoken.models.loading import load_model
 from foretoken.planner.adaptive import AdaptivePlanner
 from foretoken.planner.base import FixedPlanner
 from tests.engines import check_idle, greedy, sampled
@@ -462,6 +463,19 @@ def test_mistyped_embedded_model_is_suggested_without_asking_the_hub():
     with pytest.raises(ModelError) as caught:
         LLM("storis")
     assert "stories" in caught.value.hint
+
+
+def test_a_loaded_model_serves_several(folders, shared_llm):
+    """Engines that take turns with one model say what each would say with its own."""
+    target = load_model(folders[0], dtype="float64", device="cpu")
+    plain, fast = build(target, drafters="none"), build(target, drafters="prompt-lookup")
+    assert plain.engine.parts.target is fast.engine.parts.target is target
+    assert plain.tokenizer is not None
+    prompts = ["abcabcabc", "once upon a time"]
+    wanted = shared_llm.generate(prompts, sampled_text(), drafters=())
+    for llm in (plain, fast, plain, fast):
+        outputs = llm.generate(prompts, sampled_text())
+        assert [it.token_ids for it in outputs] == [it.token_ids for it in wanted]
 
 
 def test_drafter_options_are_checked_before_the_target_is_loaded(tmp_path):

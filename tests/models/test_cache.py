@@ -60,12 +60,12 @@ class Twin:
         assert (self.sequence.num_cached, self.sequence.num_staged) == (num_cached, num_staged)
         assert read(cache, self.sequence, 0, num_cached) == self.cached
         assert read(cache, self.sequence, num_cached, num_cached + num_staged) == self.staged
-        row = cache._tables.parents[self.sequence.index]
+        row = cache.tables.parents[self.sequence.index]
         assert row[:num_staged].tolist() == self.parents
         depths = []
         for parent in self.parents:
             depths.append(0 if parent < 0 else depths[parent] + 1)
-        assert cache._tables.depths[self.sequence.index][:num_staged].tolist() == depths
+        assert cache.tables.depths[self.sequence.index][:num_staged].tolist() == depths
 
     def random_path(self, random):
         """Return a path from the cached past downward, perhaps empty."""
@@ -301,6 +301,22 @@ def test_blocks_are_handed_out_lowest_first():
     assert second.blocks == [2, 3]
 
 
+@pytest.mark.parametrize("num_cached", [0, 5, 20, 32])
+@pytest.mark.parametrize("num_staged", [0, 1, 16, 100])
+def test_room_made_for_compiled_code_is_what_the_tables_have(num_cached, num_staged):
+    cache = make_cache()
+    sequence = filled(cache, num_cached)
+    room = cache.make_room(sequence, num_staged)
+    assert num_staged <= room < num_staged + BLOCK_SIZE
+    assert cache.tables.slots.shape[1] >= num_cached + room
+    assert min(cache.tables.parents.shape[1], cache.tables.depths.shape[1]) >= room
+    slots = cache.slots(sequence, 0, num_cached + room)
+    assert len(set(slots.tolist())) == num_cached + room
+    cache.count_staged(sequence, num_staged // 2)  # as if so many had been written
+    assert sequence.num_staged == num_staged // 2
+    cache.check_integrity()
+
+
 # -- errors ----------------------------------------------------------------------------------
 
 
@@ -366,7 +382,7 @@ def test_nodes_that_cannot_stay_change_nothing(path, kept, message):
     cache.check_integrity()
     assert (sequence.num_cached, sequence.num_staged) == (3, 4)
     assert read(cache, sequence, 0, 7) == [100, 101, 102, 1, 2, 3, 4]
-    assert cache._tables.parents[sequence.index][:4].tolist() == [-1, 0, 0, 1]
+    assert cache.tables.parents[sequence.index][:4].tolist() == [-1, 0, 0, 1]
 
 
 @pytest.mark.parametrize("parents", [[0], [-1, 1], [-1, 0, 5], [-2]])

@@ -217,6 +217,72 @@ def test_counts_that_never_vary_apart_share_the_time():
     assert 0 <= running.expect_ms(1, 0) <= 5.0
 
 
+def test_what_steps_with_drafts_take_is_not_forgotten_while_nobody_drafts():
+    """Plain steps have a request and a row, and say nothing of how their time is shared."""
+    running = RunningCost()
+    for num_rows in (1, 6) * 20:
+        running.observe(1, num_rows, (0.04 + 0.01 * num_rows) / 1000)
+    for _ in range(1000):
+        running.observe(1, 1, 0.05 / 1000)
+        running.expect_ms(1, 1)  # now and then somebody plans
+    assert running.expect_ms(1, 1) == pytest.approx(0.05, rel=0.01)
+    assert running.expect_ms(1, 6) == pytest.approx(0.10, rel=0.05)
+
+
+def test_a_machine_that_slows_down_meanwhile_is_followed():
+    running = RunningCost()
+    for num_rows in (1, 6) * 20:
+        running.observe(1, num_rows, (0.04 + 0.01 * num_rows) / 1000)
+    for _ in range(300):
+        running.observe(1, 1, 0.08 / 1000)
+    assert running.expect_ms(1, 1) == pytest.approx(0.08, rel=0.01)
+    assert 0.08 < running.expect_ms(1, 6) < 0.2
+
+
+def test_an_interrupted_pass_tells_little_of_what_more_rows_cost():
+    model = CostModel(CURVE)
+    observe(model, 1.0, 5)
+    model.observe_pass(8, 100, 20 * model.pass_ms(8, 100) / 1000)
+    assert model.factor(8) < 1.5
+    observe(model, 1.0, 20)
+    assert model.factor(8) == pytest.approx(1.0, abs=0.15)
+
+
+def test_plain_steps_have_a_time_of_their_own_that_follows_the_machine():
+    """Beside a small model, drafting leaves the caches to something else; plain steps do not."""
+    model = CostModel(CURVE)
+    plain_ms, rest_ms = CURVE.pass_ms(1, 100), 0.2
+
+    def decode(slowness, *, is_plain):
+        num_rows = 1 if is_plain else 6
+        factor = slowness * (1.0 if is_plain else 1.4)
+        for _ in range(40):
+            ms = factor * CURVE.pass_ms(num_rows, 100)
+            model.observe_pass(num_rows, 100, ms / 1000, is_plain=is_plain)
+            rest = rest_ms * factor * (1 if is_plain else 2)
+            model.observe_overhead(1, num_rows, rest / 1000, is_plain=is_plain)
+
+    for _ in range(3):
+        decode(1.0, is_plain=True)
+        decode(1.0, is_plain=False)
+    assert model.plain_ms(100, 1) == pytest.approx(plain_ms + rest_ms, rel=0.05)
+    assert model.pass_ms(6, 100) == pytest.approx(1.4 * CURVE.pass_ms(6, 100), rel=0.05)
+    decode(1.3, is_plain=False)  # nobody decodes plainly, but the machine has slowed down
+    assert model.plain_ms(100, 1) == pytest.approx(1.3 * plain_ms + rest_ms, rel=0.07)
+    decode(1.0, is_plain=True)  # and now it is as fast as before, which only plain steps tell
+    assert model.pass_ms(6, 100) == pytest.approx(1.4 * CURVE.pass_ms(6, 100), rel=0.15)
+
+
+def test_plain_steps_say_what_is_around_drafts_until_there_are_some():
+    model = CostModel(CURVE)
+    assert model.plain_ms(0, 1) == pytest.approx(CURVE.pass_ms(1, 0))
+    model.observe_overhead(2, 2, 0.0004, is_plain=True)
+    assert model.overhead_ms(1, 5) == pytest.approx(0.2, rel=0.01)
+    model.observe_overhead(1, 5, 0.0007)
+    assert model.overhead_ms(1, 5) == pytest.approx(0.7, rel=0.01)
+    assert model.plain_ms(0, 1) - CURVE.pass_ms(1, 0) == pytest.approx(0.2, rel=0.01)
+
+
 def test_shares_are_never_negative():
     running = RunningCost()
     for levels in (1, 2, 3, 4) * 20:
@@ -266,8 +332,8 @@ def test_a_step_never_takes_less_than_its_pass_whatever_the_clock_says():
 def test_a_table_of_steps_begins_where_it_is_asked_to_and_never_falls_below_that():
     falling = CostCurve(rows=(1, 2, 4, 8), base_ms=(1.0, 2.0, 1.5, 4.0))
     cost = CostModel(falling)
-    for _ in range(50):
-        cost.observe_overhead(1, 3, 0.0003)
+    for num_rows in (1, 3) * 25:
+        cost.observe_overhead(1, num_rows, 0.0001 * num_rows)
     whole, part = cost.step_table(8, 0, 1), cost.step_table(8, 0, 1, 2)
     assert len(whole) == 9
     assert len(part) == 7

@@ -93,6 +93,22 @@ def test_an_undisturbed_machine_is_predicted():
     assert curve.pass_ms(128, 0) == pytest.approx(blocks_ms(128), rel=0.05)
 
 
+def test_short_passes_count_as_they_are_after_others_like_them():
+    """A small model's weights are in the processor's caches while it decodes."""
+
+    class Caching(Machine):
+        def forward(self, batch, rows, hidden_layers):
+            is_warm = self.row_counts[-2:] == [batch.num_rows] * 2
+            self._disturb = lambda: 1.0 if is_warm else 1.5
+            return super().forward(batch, rows, hidden_layers)
+
+    machine = Caching(base_ms=lambda rows: 0.2 + 0.04 * rows)
+    curve = measured(machine, context_limit=128)
+    for num_rows in (1, 6):
+        expected = machine.true_ms([num_rows], [16])
+        assert curve.pass_ms(num_rows, 16) == pytest.approx(expected, rel=0.02)
+
+
 def test_steps_are_kept():
     curve = measured(Machine())
     for edge in (12, 24, 36):
@@ -171,7 +187,7 @@ def test_the_budget_is_kept(pass_ms):
 def test_a_tiny_model_takes_little_time():
     machine = Machine(base_ms=lambda rows: 0.03)
     measured(machine, budget_s=3.0, context_limit=128)
-    assert machine.now_s < 1.5 * QUICK_S
+    assert machine.now_s < 4 * QUICK_S  # the usual rounds, every pass of them twelve times
 
 
 def test_rounds_follow_the_time_they_take():

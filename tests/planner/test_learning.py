@@ -3,14 +3,17 @@
 import itertools
 import math
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from foretoken.core.draft import Draft
+from foretoken.core.draft import Draft, DraftBudget
 from foretoken.core.tree import TokenTree
+from foretoken.core.verdict import FinalKind, Verdict
 from foretoken.planner.acceptance import Acceptance, judged_nodes
 from foretoken.planner.cost_correction import Correction
+from foretoken.planner.experience import Experience
 from foretoken.planner.gains import Gains, list_arms, temperature_class
 from foretoken.planner.pacing import PLANNING_SHARE, PROBING_SHARE, Pace, Probes
 
@@ -117,6 +120,39 @@ def test_rows_of_forgotten_requests_are_used_again():
         gains.forget(f"r{index}")
         gains.forget(f"r{index}")
     assert len(gains._counts) == 4
+
+
+def test_chains_that_are_alike_are_cut_alike_until_a_plan_renews_what_is_known():
+    experience = Experience([("copy",)], ["copy"], 8, {"copy": 0.4})
+    share = SimpleNamespace(request_id="one", temperature=0.0)
+
+    def copied(*token_ids):
+        logprobs = (0.0, *[math.log(0.8)] * (len(token_ids) - 1))
+        return Draft.from_drafter("copy", TokenTree.chain(token_ids), draft_logprobs=logprobs)
+
+    def kept(draft, size=1, least_prob=0.3):
+        return experience.cut(share, draft, size, least_prob).tree
+
+    assert kept(copied(1, 2, 3, 4, 5, 6, 7, 8, 9)) == TokenTree.chain(range(1, 7))  # 0.8**5 = 0.33
+    assert kept(copied(9, 8, 7, 6, 5, 4, 3, 2, 1)) == TokenTree.chain(range(9, 3, -1))
+    assert kept(copied(9, 8, 7, 6, 5, 4, 3, 2, 1), size=7) == TokenTree.chain(range(9, 1, -1))
+    wrong = Verdict(path=(), token_ids=(0,), final_kind=FinalKind.RECOVERED)
+    for _ in range(30):
+        order = {"copy": DraftBudget(max_nodes=8, max_depth=8)}
+        experience.judge(share, order, copied(1, 2, 3, 4, 5, 6, 7, 8, 9), wrong)
+    assert len(kept(copied(1, 2, 3, 4, 5, 6, 7, 8, 9))) == 6
+    experience.renew()
+    assert kept(copied(1, 2, 3, 4, 5, 6, 7, 8, 9)) == TokenTree.chain((1, 2))
+
+
+def test_a_tree_is_cut_to_the_nodes_that_are_worth_a_row():
+    experience = Experience([("copy",)], ["copy"], 8, {"copy": 0.4})
+    share = SimpleNamespace(request_id="one", temperature=0.0)
+    tree = TokenTree((1, 2, 3, 4), (-1, 0, 0, 1))
+    logprobs = (0.0, math.log(0.8), math.log(0.1), math.log(0.8))
+    draft = Draft.from_drafter("copy", tree, draft_logprobs=logprobs)
+    assert experience.cut(share, draft, 1, 0.5).tree == TokenTree.chain((1, 2, 4))
+    assert experience.cut(share, draft, 3, 0.5).tree == tree
 
 
 @pytest.mark.parametrize(
@@ -245,11 +281,11 @@ def test_trials_stay_under_their_share_and_take_turns():
 
 def test_trials_that_change_nothing_become_rarer():
     probes, tried = Probes(["a", "b"]), []
-    for step in range(130):
+    for step in range(65):
         probes.earn(1.0)
         if probes.pick({"a"}, {"a", "b"}) is not None:
             tried.append(step)
-    assert tried == [0, 2, 6, 14, 30, 62, 126]
+    assert tried == [0, 2, 6, 14, 30, 46, 62]  # but not rarer and rarer: texts change
     assert probes.pick({"b"}, {"a", "b"}) is not None  # "a" now
     assert probes.pick({"a"}, {"a", "b"}) == "b"  # as after any other change
 

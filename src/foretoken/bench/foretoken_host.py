@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 from foretoken import __version__
+from foretoken.bench.clocks import Seconds
 from foretoken.bench.instrument import timed_phases
 from foretoken.bench.memory import memory, reset_peak_memory
 from foretoken.bench.peers.base import PeerOutput
@@ -14,6 +15,7 @@ from foretoken.bench.script import scripted
 from foretoken.bench.systems import HostInfo, Task, Turn, units
 from foretoken.core.params import SamplingParams
 from foretoken.engine.llm import LLM, RequestOutput
+from foretoken.models.adapter import LanguageModel
 from foretoken.models.quiet import silence_libraries
 
 KV_SLACK_TOKENS = 512  # room for trees, unfilled blocks and the like, per request
@@ -33,6 +35,7 @@ class ForetokenSpec:
         max_batch: Most requests at once.
         max_tokens: Longest prompt and output together.
         adaptive: Whether the engine chooses among the drafters, step by step, by measured times.
+        times_phases: Whether to say where the time goes; that takes microseconds of every step.
     """
 
     model: str
@@ -44,6 +47,7 @@ class ForetokenSpec:
     max_batch: int
     max_tokens: int
     adaptive: bool = False
+    times_phases: bool = True
 
 
 class ForetokenHost:
@@ -51,15 +55,17 @@ class ForetokenHost:
 
     Args:
         spec: What to load.
+        target: The model of the spec if it is loaded; several hosts may share it.
     """
 
-    def __init__(self, spec: ForetokenSpec) -> None:
+    def __init__(self, spec: ForetokenSpec, target: LanguageModel | None = None) -> None:
         silence_libraries()
         # The cache is as large as the work needs, not as the memory allows: several systems
         # share the machine, and the memory that each takes is a result.
         tokens = spec.max_batch * (spec.max_tokens + spec.max_nodes + KV_SLACK_TOKENS)
+        self._times_phases = spec.times_phases
         self._llm = LLM(
-            spec.model,
+            spec.model if target is None else target,
             drafters=spec.drafters,
             max_nodes=spec.max_nodes,
             adaptive=spec.adaptive,
@@ -81,25 +87,27 @@ class ForetokenHost:
         )
 
     def run(self, tasks: Sequence[Task], *, batch_size: int, speculative: bool) -> Turn:
-        """Continue all tasks, with the engine's parts timed."""
+        """Continue all tasks."""
         drafters = None if speculative else ()
         reset_peak_memory()
         outputs: list[PeerOutput] = []
-        unit_s = []
+        unit_s, cpu_s = [], 0.0
         scripts = {task.prompt_ids: task.script for task in tasks if task.script}
+        timed = timed_phases(self._llm) if self._times_phases else nullcontext()
         # Outside of what is timed by parts: a real target would not do this work.
-        with timed_phases(self._llm) as phases, scripted(self._llm.engine.parts, scripts):
+        with timed as phases, scripted(self._llm.engine.parts, scripts) as prompter:
             for unit in units(tasks, batch_size):
-                start_s = time.perf_counter()
+                before, start = prompter.spent, Seconds.now()
                 done = self._llm.generate(
                     [list(task.prompt_ids) for task in unit],
                     [_params(task) for task in unit],
                     drafters=drafters,
                 )
-                seconds = time.perf_counter() - start_s
-                unit_s.append(seconds)
-                outputs += [_as_output(output, seconds) for output in done]
-        return Turn(outputs=outputs, unit_s=unit_s, phases=phases, memory=memory())
+                took = Seconds.now().since(start).since(prompter.spent.since(before))
+                unit_s.append(took.wall_s)
+                cpu_s += took.cpu_s
+                outputs += [_as_output(output, took.wall_s) for output in done]
+        return Turn(outputs=outputs, unit_s=unit_s, cpu_s=cpu_s, phases=phases, memory=memory())
 
     def close(self) -> None:
         """Forget the model; its memory goes with the last reference."""

@@ -18,7 +18,7 @@ class Phases:
         verify_s: The verifier's walks.
         total_s: Wall time of the context, generation and everything around it.
         target_ms: Rows to milliseconds of each pass in `target_s`.
-        draft_ms: The same of the passes of draft models.
+        draft_ms: The same of the passes of draft models, but for trees that grow in one call.
     """
 
     prefill_s: float = 0.0

@@ -49,7 +49,7 @@ def new_record(
 
 
 def begun_record(
-    what: str, settings: Mapping[str, Any], folder: Path | None
+    what: str, settings: Mapping[str, Any], folder: Path | None, *, number: int
 ) -> dict[str, Any] | None:
     """Return the record that a run with the same settings has left; None if there is none.
 
@@ -57,6 +57,7 @@ def begun_record(
         what: The command that makes such records.
         settings: As of `new_record`.
         folder: Where the record would be; None if none is kept.
+        number: Of the record's format.
 
     Raises:
         ConfigError: A record is there, but of another run, or it cannot be read.
@@ -72,6 +73,12 @@ def begun_record(
             f"record.json in {str(folder)!r} cannot be continued: {error!r}",
             hint="choose another folder, or overwrite it with --force",
         ) from error
+    if record.get("what") == what and record.get("format") != number:
+        raise ConfigError(
+            f"record.json in {str(folder)!r} has format {record.get('format')}, which was measured "
+            f"in another way; this version writes {number}",
+            hint="choose another folder, or overwrite it with --force",
+        )
     wanted = {**settings, "foretoken": __version__}
     other = [name for name in (*wanted, *found) if found.get(name) != wanted.get(name)]
     if record.get("what") != what or other:

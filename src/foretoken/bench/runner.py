@@ -114,7 +114,7 @@ def run_bench(settings: BenchSettings, report: OnProgress = silent) -> BenchResu
     prompt_ids = [_encode(tokenizer, item) for item in settings.workload.prompts]
     torch.set_num_threads(settings.threads)
     with ExitStack() as stack:
-        load = partial(load_host, stack, settings, report)
+        load = partial(_load_host, stack, settings, report)
         longest = max(map(len, prompt_ids)) + settings.max_new_tokens
         systems: list[System] = []
         for name, spec in foretoken_specs(settings, longest):
@@ -171,18 +171,10 @@ def foretoken_specs(
             )
 
 
-def load_host(
-    stack: ExitStack, settings: RoundSettings, report: OnProgress, label: str, build: HostBuilder
+def _load_host(
+    stack: ExitStack, settings: BenchSettings, report: OnProgress, label: str, build: HostBuilder
 ) -> Host:
-    """Load a system, in a process of its own unless the settings say otherwise.
-
-    Args:
-        stack: Closes it.
-        settings: Of the run.
-        report: Is told what is being loaded.
-        label: Of the system, for messages.
-        build: Makes it.
-    """
+    """Load a system, in a process of its own unless the settings say otherwise."""
     report(Progress(done=0, total=1, detail=f"loading {label}"))
     host = build() if settings.in_process else WorkerHost(label, build)
     stack.callback(host.close)
@@ -345,7 +337,6 @@ __all__ = [
     "Cell",
     "System",
     "foretoken_specs",
-    "load_host",
     "rotated",
     "run_bench",
 ]

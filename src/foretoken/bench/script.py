@@ -12,10 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from foretoken.bench.clocks import NOTHING, Seconds
 from foretoken.engine.scheduler import Work
 from foretoken.engine.step import StepParts
 from foretoken.models.adapter import ForwardOutput
@@ -26,16 +28,28 @@ CERTAIN = 1e4  # far above any logit of a model, and finite in every type
 Scripts = Mapping[tuple[int, ...], Sequence[int]]
 
 
+@dataclass(slots=True)
+class Prompter:
+    """What a target's being told costs, which a target of that opinion would not need.
+
+    Args:
+        spent: Until now.
+    """
+
+    spent: Seconds = NOTHING
+
+
 @contextmanager
-def scripted(parts: StepParts, scripts: Scripts) -> Iterator[None]:
+def scripted(parts: StepParts, scripts: Scripts) -> Iterator[Prompter]:
     """Make an engine's target follow scripts until the context ends; an empty mapping does nothing.
 
     Args:
         parts: Of an engine that nobody else uses meanwhile.
         scripts: Prompt to output; requests with other prompts are left alone.
     """
+    prompter = Prompter()
     if not scripts:
-        yield
+        yield prompter
         return
     scheduler, target = parts.scheduler, parts.target
     schedule, forward = scheduler.schedule, target.forward
@@ -47,16 +61,18 @@ def scripted(parts: StepParts, scripts: Scripts) -> Iterator[None]:
 
     def raised_forward(batch: RaggedBatch, rows: Sequence[int], **more: Any) -> ForwardOutput:
         output = forward(batch, rows, **more)
+        start = Seconds.now()
         places, token_ids = _choices(works, batch, rows, scripts)
         with torch.inference_mode():  # which the logits of some models come from
             output.logits[places, token_ids] = CERTAIN
+        prompter.spent = prompter.spent.plus(Seconds.now().since(start))
         return output
 
     with (
         _replaced(scheduler, "schedule", watched_schedule),
         _replaced(target, "forward", raised_forward),
     ):
-        yield
+        yield prompter
 
 
 @contextmanager

@@ -25,7 +25,6 @@ class RoundSettings:
         dtype: As of `LLM`.
         device: As of `LLM`.
         threads: CPU threads of every system.
-        in_process: Run every system in this process.
     """
 
     model: str
@@ -40,7 +39,6 @@ class RoundSettings:
     dtype: str
     device: str
     threads: int
-    in_process: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +51,7 @@ class BenchSettings(RoundSettings):
         draft: Directory of the draft model that peers use; None compares them plainly only.
         num_draft_tokens: Draft tokens per step of peers.
         work_dir: Where peers keep converted models.
+        in_process: Run every system in this process.
     """
 
     workload: Workload
@@ -60,6 +59,7 @@ class BenchSettings(RoundSettings):
     draft: Path | None
     num_draft_tokens: int
     work_dir: Path
+    in_process: bool
 
 
 __all__ = ["BenchSettings", "RoundSettings"]

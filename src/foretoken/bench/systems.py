@@ -44,12 +44,14 @@ class Turn:
     Args:
         outputs: One per task. In a batch of several, all have the seconds of their batch.
         unit_s: Seconds of each batch; the sum is the time of the turn.
+        cpu_s: Seconds of processor time of the turn; None if nobody counted.
         phases: Where they went, if the system can be looked into.
         memory: See `foretoken.bench.memory.memory`.
     """
 
     outputs: list[PeerOutput]
     unit_s: list[float]
+    cpu_s: float | None = None
     phases: Phases | None = None
     memory: dict[str, int] = field(default_factory=dict)
 

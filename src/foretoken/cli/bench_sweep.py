@@ -13,7 +13,7 @@ import typer
 
 from foretoken.cli import bench, bench_specinfer, options
 from foretoken.cli.bench_output import written
-from foretoken.cli.progress import progress_bar, resumed
+from foretoken.cli.progress import progress_bar, resumed, time_left
 from foretoken.cli.terminal import is_terminal, loading, note
 from foretoken.core.progress import Progress
 from foretoken.errors import UnknownNameError
@@ -51,6 +51,16 @@ Workloads = Annotated[
 ]
 NumPrompts = Annotated[
     int, bench._work("--num-prompts", "N", "Least prompts per round (default 4).")
+]
+LeastSeconds = Annotated[
+    float,
+    options._option(
+        "--least-seconds",
+        "S",
+        "More prompts per round, until plain decoding takes about so long (default 0.7).",
+        bench.WORK_PANEL,
+        parser=options._number,
+    ),
 ]
 MaxNewTokens = Annotated[
     int, bench._work("--max-new-tokens", "N", "New tokens per prompt, always all (default 64).")
@@ -99,6 +109,7 @@ def sweep(
     max_nodes: bench.MaxNodes = None,
     workload: Workloads = None,
     num_prompts: NumPrompts = 4,
+    least_seconds: LeastSeconds = 0.7,
     max_new_tokens: MaxNewTokens = 64,
     temperature: Temperatures = None,
     batch_size: BatchSizes = None,
@@ -112,7 +123,6 @@ def sweep(
     dtype: options.DType = "auto",
     device: options.Device = "auto",
     threads: options.Threads = None,
-    in_process: bench.InProcess = False,
     debug: options.Debug = False,
 ) -> None:
     """Measure every method and the automatic choice over batch sizes, texts and temperatures."""
@@ -136,11 +146,11 @@ def sweep(
                 workload=workload,
                 temperatures=tuple(dict.fromkeys(temperature or TEMPERATURES)),
                 batch_sizes=tuple(dict.fromkeys(batch_size or BATCH_SIZES)),
+                least_seconds=least_seconds,
                 width=width,
                 seed=seed,
                 dtype=dtype,
                 device=device,
-                in_process=in_process,
                 **counts,
             )
         record = _measure(settings, output, force=force)
@@ -193,7 +203,7 @@ def _measure(settings: SweepSettings, folder: Path | None, *, force: bool) -> di
     from foretoken.models.quiet import silence_libraries
 
     silence_libraries()
-    with progress_bar(_Lines()) as report:
+    with progress_bar(_Lines(), is_still=True) as report:
         return run_sweep(settings, sys.argv, folder, report, begins_anew=force)
 
 
@@ -207,7 +217,8 @@ class _Lines:
         if progress.is_resumed:
             note(resumed(progress))
         elif progress.done > self._num_said and progress.stage:
-            note(f"{progress.done} of {progress.total} {progress.stage}")
+            left = time_left(progress)
+            note(f"{progress.done} of {progress.total} {progress.stage}{', ' * bool(left)}{left}")
         self._num_said = max(self._num_said, progress.done)
 
 

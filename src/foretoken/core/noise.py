@@ -19,6 +19,7 @@ from torch import Tensor
 
 from foretoken.core.jit import jit
 
+_CPU = torch.device("cpu")
 _MASK_64 = (1 << 64) - 1
 # Increment and multipliers of splitmix64 (Steele, Lea, Flood 2014; Stafford's variant 13).
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -147,6 +148,24 @@ class NoiseBlocks:
     def row(self, position: int, vocab_size: int, device: torch.device) -> Tensor:
         """Return the noise at one position, [V] float64; not to be written to."""
         index, place = divmod(position, self.BLOCK)
+        return self._block(index, vocab_size, device)[place]
+
+    def rows(self, position: int, vocab_size: int, num_wanted: int) -> tuple[Tensor, ...]:
+        """Return the noise at a position and after it, on CPU, [V] each; not to be written to.
+
+        Args:
+            position: The first.
+            vocab_size: V.
+            num_wanted: Most rows, at least 1. There may be fewer, but not fewer than half a block:
+                those far ahead are left until somebody is near.
+        """
+        index, place = divmod(position, self.BLOCK)
+        rows = self._block(index, vocab_size, _CPU)[place : place + num_wanted]
+        if len(rows) < min(num_wanted, self.BLOCK // 2):
+            rows += self._block(index + 1, vocab_size, _CPU)[: num_wanted - len(rows)]
+        return rows
+
+    def _block(self, index: int, vocab_size: int, device: torch.device) -> tuple[Tensor, ...]:
         key = (index, vocab_size, device)
         rows = self._blocks.get(key)
         if rows is None:
@@ -156,4 +175,4 @@ class NoiseBlocks:
             positions = range(first, first + self.BLOCK)
             rows = gumbel_noise(self._seed, positions, vocab_size, device).unbind()
             self._blocks[key] = rows
-        return rows[place]
+        return rows

@@ -17,6 +17,7 @@ class Progress:
         stage: What is being done, for example "training draft-2"; empty if it is all one.
         detail: What goes on within it, in a few words; empty if there is nothing to say.
         is_resumed: Whether what is done was found, not made.
+        left_s: Seconds that the rest may take; None if that is not known.
     """
 
     done: int
@@ -24,6 +25,7 @@ class Progress:
     stage: str = ""
     detail: str = ""
     is_resumed: bool = False
+    left_s: float | None = None
 
 
 OnProgress: TypeAlias = Callable[[Progress], None]

@@ -160,22 +160,60 @@ def _best_of_rows(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     num_rows, vocab_size = rows.shape
     ids = np.zeros((num_rows, width), dtype=np.int64)
-    best = np.full((num_rows, width), -np.inf)
+    best = np.empty((num_rows, width))
     counts = np.zeros(num_rows, dtype=np.int64)
-    scores = np.empty(vocab_size)
+    scores, no_noise = np.empty(vocab_size), np.empty(0)
     for index in range(num_rows):
-        for token_id in range(vocab_size):
-            scores[token_id] = rows[index, token_id] / temperatures[index]
+        row_noise = no_noise
         if noise_of[index] >= 0:
             row_noise = noise[noise_of[index]]
-            for token_id in range(vocab_size):
-                scores[token_id] += row_noise[token_id]
-        counts[index] = _select(scores, best[index], ids[index])
-        top = best[index, 0]
-        log_total = _log_total(scores, top, race_temperature)
-        for place in range(counts[index]):
-            best[index, place] = (best[index, place] - top) / race_temperature - log_total
+        counts[index] = rank_row(
+            rows[index],
+            temperatures[index],
+            race_temperature,
+            row_noise,
+            scores,
+            best[index],
+            ids[index],
+        )
     return ids, best, counts
+
+
+@jit
+def rank_row(
+    row: np.ndarray,
+    temperature: float,
+    race_temperature: float,
+    noise: np.ndarray,
+    scores: np.ndarray,
+    best: np.ndarray,
+    ids: np.ndarray,
+) -> int:
+    """Rank the entries of `row / temperature + noise`, for other compiled code.
+
+    Args:
+        row: Logits, [V].
+        temperature: Of the request, in the logits' type.
+        race_temperature: Of the softmax over the sums.
+        noise: [V], or empty for none.
+        scores: Room for the sums, [V].
+        best: Written to: log-probabilities of the largest entries, descending, [width].
+        ids: Written to: their token ids, [width].
+
+    Returns:
+        How many were found.
+    """
+    for token_id in range(len(row)):
+        scores[token_id] = row[token_id] / temperature
+    for token_id in range(len(noise)):
+        scores[token_id] += noise[token_id]
+    best[:] = -np.inf
+    count = _select(scores, best, ids)
+    top = best[0]
+    log_total = _log_total(scores, top, race_temperature)
+    for place in range(count):
+        best[place] = (best[place] - top) / race_temperature - log_total
+    return count
 
 
 @jit

@@ -199,6 +199,10 @@ class Sampler:
         """Return the noise of the choice made at a position, [V] float64, to go with scores."""
         return self._noise.row(position, scores.shape[-1], scores.device)
 
+    def noise_rows(self, position: int, vocab_size: int, num_wanted: int) -> tuple[Tensor, ...]:
+        """Return the noise of the choices from a position on; as for `NoiseBlocks.rows`."""
+        return self._noise.rows(position, vocab_size, num_wanted)
+
     def _target_row(self, logits: Tensor, token_ids: Sequence[int], path: Sequence[int]) -> Tensor:
         """Return the target's row with every control applied; note what goes wrong."""
         row = _as_real(logits)

@@ -144,7 +144,7 @@ class TokenTree:
     @property
     def is_chain(self) -> bool:
         """Whether no node has two children."""
-        return all(parent == node - 1 for node, parent in enumerate(self.parents))
+        return self.parents == tuple(range(NO_PARENT, len(self.parents) - 1))
 
     def path(self, node: int) -> list[int]:
         """Return the nodes from the root to `node`, both included."""
@@ -203,6 +203,8 @@ class TokenTree:
         """
         if not nodes or nodes[0] != ROOT or any(a >= b for a, b in pairwise(nodes)):
             raise ValueError(f"nodes to keep are ascending from the root; got {list(nodes)}")
+        if nodes[-1] == len(nodes) - 1:  # the first ones, as of a chain, keep their numbers
+            return TokenTree(self.token_ids[: len(nodes)], self.parents[: len(nodes)])
         new_index = {node: index for index, node in enumerate(nodes)}
         missing = [node for node in nodes[1:] if self.parents[node] not in new_index]
         if missing:
@@ -223,8 +225,8 @@ class TokenTree:
         Returns:
             Node indices in ascending order, ready for `keep`.
         """
-        if self.num_draft_tokens <= max_draft_tokens:
-            return list(range(len(self)))
+        if self.num_draft_tokens <= max_draft_tokens or self.is_chain:
+            return list(range(min(len(self), max_draft_tokens + 1)))
         kept = [ROOT]
         frontier = [(-scores[child], child) for child in self.children[ROOT]]
         heapq.heapify(frontier)

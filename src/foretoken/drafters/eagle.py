@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
-import torch
 from torch import Tensor
 
 from foretoken.core.tree import ROOT
@@ -32,6 +31,7 @@ from foretoken.models.heads.eagle import load_eagle
 from foretoken.models.heads.eagle_served import ServedEagle
 from foretoken.models.heads.files import TargetShape, read_head, target_tensors
 from foretoken.models.heads.state_reader import StateReader
+from foretoken.models.state_rows import join_rows, take_rows
 
 # Of a request that nobody drafts for, no more states than these are kept for the next draft.
 MAX_WAITING = 4 * PREFILL_ROWS
@@ -81,7 +81,7 @@ class WaitingStates:
 
     def add(self, states: Tensor) -> None:
         """Take the states of the next positions."""
-        self.states = states if not len(self) else torch.cat((self.first(len(self)), states))
+        self.states = join_rows((self.first(len(self)), states)) if len(self) else states
         self.stop += len(states)
 
     def first(self, num_states: int) -> Tensor:
@@ -157,7 +157,7 @@ class EagleDrafter(ModelDrafter):
             return
         layers = self.needs.hidden_layers
         fused = self._head.fuse(
-            {layer: torch.cat([it.hidden[layer] for it in told]) for layer in layers}
+            {layer: join_rows([it.hidden[layer] for it in told]) for layer in layers}
         )
         lengths = [len(it.hidden[layers[0]]) for it in told]
         for it, states in zip(told, fused.split(lengths), strict=True):
@@ -258,7 +258,7 @@ class EagleDrafter(ModelDrafter):
             self._states_read(context.request_id, segment)
             for (context, _), segment in zip(growing, batch.segments, strict=True)
         ]
-        output = self._head.score(batch, rows, torch.cat(states))
+        output = self._head.score(batch, rows, join_rows(states))
         for (context, _), outputs in zip(
             growing, output.hidden[1].split(batch.lengths), strict=True
         ):
@@ -270,4 +270,4 @@ class EagleDrafter(ModelDrafter):
         outputs = self._states[request_id].hidden
         if not outputs:
             return self._waiting[request_id].first(len(segment.token_ids))
-        return torch.cat(outputs)[list(segment.parents)]
+        return take_rows(join_rows(outputs), segment.parents)

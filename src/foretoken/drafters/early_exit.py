@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from foretoken.core.draft import Draft
@@ -18,6 +17,7 @@ from foretoken.errors import ConfigError
 from foretoken.models.adapter import LayerView
 from foretoken.models.batch import RaggedBatch, RowStates
 from foretoken.models.partial import CachedPast, LayerSet, copy_past
+from foretoken.models.state_rows import join_rows, take_rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +91,7 @@ class FirstLayersDrafter(ModelDrafter):
             sequence, sequence.num_cached, sequence.num_cached + sequence.num_staged
         )
         rows, indices = sorted(staged), [staged[row] for row in sorted(staged)]
-        hidden = torch.cat(state.hidden)[indices]
+        hidden = take_rows(join_rows(state.hidden), indices)
         return RowStates(self._num_layers, rows, hidden, self._cache, slots[indices])
 
     def _take_past(self, state: DraftState, past: CachedPast, stop: int) -> None:

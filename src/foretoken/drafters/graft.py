@@ -7,8 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-import torch
-
 from foretoken.drafters.base import (
     DraftContext,
     DrafterHost,
@@ -31,6 +29,7 @@ from foretoken.models.heads.files import TargetShape, read_head
 from foretoken.models.heads.graft import DRAFT_FOLDER, GraftDesign, load_fc
 from foretoken.models.heads.graft_served import NO_TOKEN, ServedGraft
 from foretoken.models.loading import load_model
+from foretoken.models.state_rows import join_rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,7 +134,7 @@ class GraftDrafter(ModelDrafter):
         if not segments:
             return
         hidden = {
-            layer: torch.cat([told.hidden[layer][first:] for told, first in places])
+            layer: join_rows([told.hidden[layer][first:] for told, first in places])
             for layer in self._head.target_layers
         }
         self._head.fill(self._cache, segments, hidden)

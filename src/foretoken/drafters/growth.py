@@ -17,6 +17,9 @@ from foretoken.core.drawing import share_draws
 from foretoken.core.tree import NO_PARENT, ROOT, TokenTree
 from foretoken.errors import ConfigError
 
+# Token ids, parents and log-probabilities of a draft.
+Nodes = tuple[tuple[int, ...], tuple[int, ...], tuple[float, ...]]
+
 
 class GrowthPolicy(Protocol):
     """Decides how many children nodes get and which of them get children in turn."""
@@ -64,6 +67,7 @@ class GrowingTree:
         totals: Their sums along each path from the root.
         paths: Draft tokens from below the root to each node, itself included.
         best: For the policy: the nodes worth keeping so far, as a heap of (total, -node).
+        max_depth: The lower one of the bounds on depth.
         depth: Of the frontier.
         frontier: Nodes whose candidates are wanted next; empty when the tree is complete.
     """
@@ -80,8 +84,9 @@ class GrowingTree:
         self.best: list[tuple[float, int]] = []
         self.depth = 0
         self._policy = policy
-        self._max_depth = min(max_depth, budget.max_depth)
-        self.frontier = [] if budget.max_nodes == 0 or self._max_depth == 0 else [ROOT]
+        self._final: Nodes | None = None
+        self.max_depth = min(max_depth, budget.max_depth)
+        self.frontier = [] if budget.max_nodes == 0 or self.max_depth == 0 else [ROOT]
 
     @property
     def num_children(self) -> int:
@@ -109,18 +114,33 @@ class GrowingTree:
                 self.paths.append((*path, token_id))
         self.depth += 1
         expandable = self._policy.select(self, range(num_before, len(self.token_ids)))
-        self.frontier = expandable if self.depth < self._max_depth else []
+        self.frontier = expandable if self.depth < self.max_depth else []
+
+    def complete(
+        self,
+        token_ids: Sequence[int],
+        parents: Sequence[int],
+        logprobs: Sequence[float],
+    ) -> None:
+        """Take all nodes of the final draft, the root first, from who grew it elsewhere."""
+        self._final = tuple(token_ids), tuple(parents), tuple(logprobs)
+        self.frontier = []
 
     def finish(self, source: str, siblings: SiblingDraw) -> Draft:
         """Return the draft within its budget."""
+        token_ids, parents, logprobs = self._final or self._cut()
+        tree = TokenTree(token_ids, parents)
+        return Draft.from_drafter(source, tree, siblings=siblings, draft_logprobs=logprobs)
+
+    def _cut(self) -> Nodes:
+        """Return the nodes that the policy keeps."""
         nodes = self._policy.finish(self)
         new_index = {node: index for index, node in enumerate(nodes)}
-        tree = TokenTree(
+        return (
             tuple([self.token_ids[node] for node in nodes]),
             (NO_PARENT, *[new_index[self.parents[node]] for node in nodes[1:]]),
+            tuple([self.logprobs[node] for node in nodes]),
         )
-        logprobs = tuple([self.logprobs[node] for node in nodes])
-        return Draft.from_drafter(source, tree, siblings=siblings, draft_logprobs=logprobs)
 
 
 class DrawnTree(GrowingTree):
@@ -145,7 +165,7 @@ class DrawnTree(GrowingTree):
     @property
     def num_levels_left(self) -> int:
         """Levels that may still be drawn below the newest nodes."""
-        return self._max_depth - self.depth
+        return self.max_depth - self.depth
 
     def grow_drawn(self, drawn: Sequence[tuple[Sequence[int], NDArray[np.float64]]]) -> None:
         """Add one level.

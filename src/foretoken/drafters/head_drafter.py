@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from foretoken.core.draft import Draft, DraftBudget, SiblingDraw
@@ -27,6 +26,7 @@ from foretoken.drafters.levels import SAMPLERS, Growing
 from foretoken.drafters.model_drafter import NOTHING, GrowthOptions
 from foretoken.models.heads.linear import StateHeads
 from foretoken.models.heads.served import serve_heads
+from foretoken.models.state_rows import join_rows
 
 
 @dataclass(slots=True)
@@ -126,7 +126,7 @@ class HeadDrafter(Drafter):
 
     def _last_states(self, growing: Sequence[Growing]) -> Tensor:
         """Return the state of every tree's request, [trees, D]."""
-        return torch.stack([self._states[context.request_id].state for context, _ in growing])
+        return join_rows([self._states[context.request_id].state[None] for context, _ in growing])
 
 
 class Generators:

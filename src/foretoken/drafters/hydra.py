@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
-import torch
 from torch import Tensor
 
 from foretoken.drafters.base import DrafterHost, Taxonomy
@@ -14,6 +14,7 @@ from foretoken.drafters.head_drafter import Generators, HeadDrafter
 from foretoken.drafters.levels import Growing, add_level, frontier_paths
 from foretoken.drafters.model_drafter import GrowthOptions
 from foretoken.models.heads.hydra import HydraHeads, load_hydra
+from foretoken.models.state_rows import join_columns, take_rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +52,7 @@ class HydraDrafter(HeadDrafter):
 
     def __init__(self, heads: HydraHeads, options: HydraOptions, host: DrafterHost) -> None:
         super().__init__(options, heads, heads.design.heads, host)
-        self._see = heads.see
+        self._embedding = heads.embedding
 
     @classmethod
     def create(cls, options: HydraOptions, host: DrafterHost) -> Self:
@@ -79,6 +80,6 @@ class HydraDrafter(HeadDrafter):
             for path in frontier_paths(tree)
         ]
         trees = [index for index, (_, tree) in enumerate(growing) for _ in tree.frontier]
-        states = self._last_states(growing)[torch.tensor(trees, device=self._device)]
-        with torch.inference_mode():
-            return self._see(states, torch.tensor(paths, device=self._device))
+        states = take_rows(self._last_states(growing), trees)
+        tokens = take_rows(self._embedding, list(itertools.chain.from_iterable(paths)))
+        return join_columns([states.to(tokens.dtype), tokens.view(len(states), -1)])

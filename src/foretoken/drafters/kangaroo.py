@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from foretoken.drafters.base import (
@@ -27,6 +26,7 @@ from foretoken.models.cache import BLOCK_SIZE, CachedSequence
 from foretoken.models.heads.files import read_head
 from foretoken.models.heads.kangaroo import KIND, KangarooAdapter
 from foretoken.models.heads.target import TargetShape
+from foretoken.models.state_rows import join_rows
 
 NO_TOKEN = 0  # the adapter reads states, and its embedding has one row
 
@@ -102,7 +102,7 @@ class _Place:
     def waiting(self, stop: int) -> Tensor:
         """Return the states of the positions that are not cached, up to `stop`."""
         first = self.sequence.num_cached
-        return torch.cat(self.told)[first - self.told_from : stop - self.told_from]
+        return join_rows(self.told)[first - self.told_from : stop - self.told_from]
 
 
 class KangarooDrafter(FirstLayersDrafter):
@@ -253,7 +253,7 @@ class KangarooDrafter(FirstLayersDrafter):
         ]
         stops = list(itertools.accumulate(len(states) for _, states in fed))
         wanted = [stop - 1 for stop in stops] if is_first else range(stops[-1])
-        return self._run_adapter([it for it, _ in fed], torch.cat([it for _, it in fed]), wanted)
+        return self._run_adapter([it for it, _ in fed], join_rows([it for _, it in fed]), wanted)
 
     def _exit_states(self, batch: RaggedBatch) -> tuple[Tensor, ...]:
         """Run the first layers; return the states after them, [R, D] for each segment."""
@@ -268,7 +268,7 @@ class KangarooDrafter(FirstLayersDrafter):
         num_ahead = segment.sequence.num_cached - place.sequence.num_cached
         place.num_ahead = num_ahead
         if num_ahead > 0:
-            states = torch.cat((place.waiting(segment.sequence.num_cached), states))
+            states = join_rows((place.waiting(segment.sequence.num_cached), states))
         states = states[max(0, -num_ahead) :]
         num_rows = len(states)
         return Segment(place.sequence, [NO_TOKEN] * num_rows, range(-1, num_rows - 1)), states

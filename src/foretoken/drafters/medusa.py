@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
-import torch
 from torch import Tensor
 
 from foretoken.core.draft import SiblingDraw
@@ -17,6 +16,7 @@ from foretoken.drafters.head_drafter import Generators, HeadDrafter
 from foretoken.drafters.levels import RACE_TEMPERATURE, SAMPLERS, Growing, add_level
 from foretoken.drafters.model_drafter import GrowthOptions
 from foretoken.models.heads.medusa import MedusaHeads, load_medusa
+from foretoken.models.state_rows import join_rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,7 +109,7 @@ class MedusaLevels:
                 self._logits[context.request_id][depth].expand(len(tree.frontier), -1)
                 for context, tree in others
             ]
-            add_level(others, torch.cat(rows), self._generators)
+            add_level(others, join_rows(rows), self._generators)
 
     def _rank(self, racing: Sequence[DraftContext], width: int) -> None:
         """Rank all levels of some requests in one go: whatever the path, ranks are the same."""
@@ -120,7 +120,7 @@ class MedusaLevels:
             for context in racing
             for level in range(depth)
         ]
-        ids, values = best_guesses(torch.cat(logits), frontiers, width, RACE_TEMPERATURE)
+        ids, values = best_guesses(join_rows(logits), frontiers, width, RACE_TEMPERATURE)
         for index, context in enumerate(racing):
             levels = slice(index * depth, (index + 1) * depth)
             self._guesses[context.request_id] = (ids[levels], values[levels])

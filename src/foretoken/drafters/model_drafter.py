@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import ClassVar
 
 import numpy as np
@@ -32,13 +33,16 @@ from foretoken.drafters.growth import (
     GrowthPolicy,
     StaticExpansion,
 )
-from foretoken.drafters.levels import SAMPLERS, add_level
+from foretoken.drafters.levels import SAMPLERS, Growing, add_level
+from foretoken.drafters.whole_trees import WholeTrees
 from foretoken.errors import ConfigError
 from foretoken.models.adapter import LanguageModel
 from foretoken.models.batch import RaggedBatch, Segment
 from foretoken.models.cache import BLOCK_SIZE, CachedSequence
 
 PREFILL_ROWS = 512
+# What a level takes; a drafter that does it in its own way has to be asked level by level.
+LEVEL = ("_run", "_scored", "_forward", "_segment", "_grow")
 NOTHING = DraftBudget(max_nodes=0, max_depth=0)
 
 
@@ -147,6 +151,12 @@ class DraftState:
             self.child_at[parents[index], new_ids[index]] = first + index
         return new_ids, parents
 
+    def note_fed(self, token_ids: Sequence[int], parents: Sequence[int]) -> None:
+        """Take note of draft tokens that were fed behind those that stand, parents as staged."""
+        first = self.num_known
+        places = range(first, first + len(token_ids))
+        self.child_at.update(zip(zip(parents, token_ids, strict=True), places, strict=True))
+
 
 class ModelDrafter(Drafter):
     """Runs a model once per level of the tree, for all requests together.
@@ -183,9 +193,18 @@ class ModelDrafter(Drafter):
         self._model = model
         self._has_fewer_tokens = model.info.vocab_size < self._target_vocab_size
         self._cache = model.new_cache(self._num_cache_tokens)
+        self._whole_trees = self._find_whole_trees()
         for state in self._states.values():
             state.reset()
             state.sequence = self._cache.open()
+
+    def _find_whole_trees(self) -> WholeTrees | None:
+        """Return what grows trees in one call, if that is the same as to go level by level."""
+        if any(getattr(type(self), name) is not getattr(ModelDrafter, name) for name in LEVEL):
+            return None
+        return WholeTrees.of(
+            self._model.tree_grower, self._cache, self._policy, self._target_vocab_size
+        )
 
     def start(self, request: RequestView) -> None:
         """Open the request's place in the cache; the prompt is fed with the first draft."""
@@ -195,6 +214,8 @@ class ModelDrafter(Drafter):
         """Return one tree per context, grown with one pass per level for all of them."""
         trees = [self._plant(context) for context in self.fitting(contexts)]
         growing = [pair for pair in zip(contexts, trees, strict=True) if pair[1].frontier]
+        if growing and self._whole_trees is not None:
+            growing = self._grow_whole(self._whole_trees, growing)
         while growing:
             self._grow(growing, self._run(growing))
             growing = [pair for pair in growing if pair[1].frontier]
@@ -245,18 +266,36 @@ class ModelDrafter(Drafter):
         num_positions = len(context.token_ids) + min(self._max_depth, budget.max_depth) * num_nodes
         return -(-num_positions // BLOCK_SIZE) - -(-sequence.num_cached // BLOCK_SIZE)
 
+    def _grow_whole(self, whole: WholeTrees, growing: Sequence[Growing]) -> list[Growing]:
+        """Grow all levels of the trees that it can be done for; return the others."""
+        chosen = [pair for pair in growing if whole.takes(*pair)]
+        states = [self._states[context.request_id] for context, _ in chosen]
+        planted = []
+        for (context, tree), state in zip(chosen, states, strict=True):
+            known_ids = self._clamped(state.feed_known(context.token_ids)[0])
+            planted.append(whole.plant(context, tree, state.sequence, known_ids))
+        grown_trees = whole.grow(planted) if planted else None
+        if grown_trees is None:
+            return list(growing)
+        for (_, tree), state, grown in zip(chosen, states, grown_trees, strict=True):
+            state.note_fed(grown.fed_ids, grown.fed_parents)
+            token_ids = (tree.token_ids[ROOT], *grown.token_ids)
+            tree.complete(token_ids, grown.parents, grown.logprobs)
+        return [pair for pair in growing if pair[1].frontier]
+
     # -- one level ---------------------------------------------------------------------------
 
     def _plant(self, context: DraftContext) -> GrowingTree:
         """Return a tree of the root alone, with everything before the root's row cached."""
         state = self._states[context.request_id]
-        self._cache.rollback(state.sequence)  # an earlier step may have failed before its commit
+        if state.sequence.num_staged:  # an earlier step failed before its commit
+            self._cache.rollback(state.sequence)
         state.reset()
         room = self._model.info.context_limit - len(context.token_ids)
         max_depth = max(0, min(self._max_depth, room))
         budget = context.budget
         if self._max_nodes is not None and self._max_nodes < budget.max_nodes:
-            budget = replace(budget, max_nodes=self._max_nodes)
+            budget = _cut_budget(budget, self._max_nodes)
         kind = GrowingTree
         if context.siblings in SAMPLERS:
             kind = DrawnTree
@@ -333,3 +372,9 @@ class ModelDrafter(Drafter):
     def _generator(self, context: DraftContext) -> np.random.Generator:
         """Return the generator of this step's samples."""
         return self._states[context.request_id].generator or context.generator()
+
+
+@lru_cache(maxsize=256)
+def _cut_budget(budget: DraftBudget, max_nodes: int) -> DraftBudget:
+    """Return a budget of so many nodes; steps have few different ones."""
+    return replace(budget, max_nodes=max_nodes)

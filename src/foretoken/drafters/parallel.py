@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
-import torch
 from torch import Tensor
 
 from foretoken.drafters.base import DraftContext, DrafterHost, Taxonomy
@@ -17,6 +16,7 @@ from foretoken.models.batch import Segment
 from foretoken.models.heads.eagle_served import ServedEagle
 from foretoken.models.heads.files import TargetShape, read_head, target_tensors
 from foretoken.models.heads.parallel import ParallelModule, load_parallel
+from foretoken.models.state_rows import join_rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +89,7 @@ class ParallelDrafter(EagleDrafter):
             self._said[context.request_id][tree.depth].expand(len(tree.frontier), -1)
             for context, tree in growing
         ]
-        return torch.cat(rows)
+        return join_rows(rows)
 
     def _say(self, growing: Sequence[tuple[DraftContext, GrowingTree]]) -> None:
         """Run the tokens that stand and the mask tokens behind them, all requests together."""
@@ -108,7 +108,7 @@ class ParallelDrafter(EagleDrafter):
         for (context, _), count in zip(growing, num_masks, strict=True):
             waiting = self._waiting[context.request_id]
             states += [waiting.first(len(waiting)), self._mask_state.expand(count, -1)]
-        logits = self._head.score(batch, rows, torch.cat(states)).logits
+        logits = self._head.score(batch, rows, join_rows(states)).logits
         lengths = [count + 1 for count in num_masks]
         for (context, _), said in zip(growing, logits.split(lengths), strict=True):
             self._said[context.request_id] = said

@@ -16,7 +16,7 @@ from foretoken.engine.names import resolve_model
 from foretoken.engine.output import RequestOutput, StreamChunk
 from foretoken.engine.request import Emission, FinishReason, Request
 from foretoken.errors import ConfigError, RequestError
-from foretoken.models.adapter import ModelInfo
+from foretoken.models.adapter import LanguageModel, ModelInfo
 from foretoken.models.loading import load_model
 from foretoken.models.tokenizer import Tokenizer
 from foretoken.planner.plan import Plan
@@ -38,7 +38,8 @@ class LLM:
 
     Args:
         model: Directory or hub id of a transformers causal language model, or "stories", the
-            pair that comes with the package.
+            pair that comes with the package; or one that is loaded, which several may share as
+            long as one runs at a time.
         drafters: "auto", "none", or specs such as "prompt-lookup" or
             "draft-model:path=DIR,max_depth=6"; the drafts of several are merged.
         verifier: Name of the acceptance rule.
@@ -63,7 +64,7 @@ class LLM:
 
     def __init__(  # noqa: PLR0913 - one parameter is one option of the user's
         self,
-        model: str = "stories",
+        model: str | LanguageModel = "stories",
         *,
         drafters: str | Sequence[str] = "auto",
         verifier: str = "coupled",
@@ -87,12 +88,13 @@ class LLM:
             prefix_caching=prefix_caching,
         )
         # Everything that can be wrong about the options is found before a model is loaded.
-        builder = EngineBuilder(model, plan, config, kv_cache_tokens)
+        name = model if isinstance(model, str) else model.info.name
+        builder = EngineBuilder(name, plan, config, kv_cache_tokens)
         check_count("threads", threads)
         if threads is not None:
             torch.set_num_threads(threads)
-        path = resolve_model(model)
-        target = load_model(path, dtype=dtype, device=device)
+        path = resolve_model(name)
+        target = load_model(path, dtype=dtype, device=device) if isinstance(model, str) else model
         self.info: ModelInfo = target.info
         self.tokenizer = Tokenizer.load(path)
         self.engine = builder.build(target, self.tokenizer, device=device, dtype=dtype)

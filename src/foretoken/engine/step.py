@@ -27,6 +27,7 @@ from foretoken.models.adapter import ForwardOutput, LanguageModel
 from foretoken.models.batch import RaggedBatch, RowStates, Segment
 from foretoken.models.cache import KVCache
 from foretoken.models.partial import CachedPast
+from foretoken.models.state_rows import take_rows
 from foretoken.planner.base import Order, Planner, StepTimes
 from foretoken.verifiers.base import TargetRows, Verifier
 
@@ -113,7 +114,8 @@ def run_pass(parts: StepParts, works: Sequence[Work]) -> tuple[list[Emission], i
         cache.commit([(w.sequence, _kept(w, v)) for w, v in zip(works, verdicts, strict=True)])
     # The cache has moved on, so requests do too before anything of the drafters' can fail.
     emissions = emit(scored, verdicts, output)
-    show_states(parts, scored, verdicts, output.hidden)
+    if output.hidden:
+        show_states(parts, scored, verdicts, output.hidden)
     tell_drafters(parts.drafters, orders, scored, verdicts, output)
     times.total_s = perf_counter() - start_s
     parts.planner.observe(works, drafts, verdicts, times)
@@ -124,6 +126,8 @@ def propose(
     parts: StepParts, works: Sequence[Work], orders: Sequence[Order], times: StepTimes
 ) -> list[Draft]:
     """Return a draft per work: the union of what the ordered drafters propose."""
+    if not any(orders):
+        return [Draft.empty(work.request.token_ids[-1]) for work in works]
     proposed: dict[int, list[Draft]] = {}
     for place, (label, drafter) in enumerate(parts.drafters.items()):
         indices = [index for index, order in enumerate(orders) if label in order]
@@ -200,15 +204,13 @@ def show_states(
     hidden: Mapping[int, Tensor],  # layer to [R, D]
 ) -> None:
     """Let the drafters that ask for hidden states have those of the tokens that stand."""
-    if not hidden:
-        return
     standing: dict[str, list[StandingStates]] = {}
     for it, verdict in zip(scored, verdicts, strict=True):
         work, first = it.work, it.root - (it.work.num_known - 1)
         rows = [first + index for index in _kept(work, verdict)]
         for label in work.drafters:
             if layers := parts.hidden_layers.get(label):
-                states = {layer: hidden[layer][rows] for layer in layers}
+                states = {layer: take_rows(hidden[layer], rows) for layer in layers}
                 standing.setdefault(label, []).append(
                     StandingStates(request_id=work.request_id, start=work.start, hidden=states)
                 )
@@ -389,11 +391,9 @@ def _note_prompt_logprobs(work: Work, logits: Tensor, root: int) -> None:
     first = max(work.start, len(request.prompt_logprobs)) + 1  # some are fed a second time
     for position in range(first, last + 1):
         row = logits[first_row + position - 1 - work.start]
-        entry = row_logprobs(row, request.token_ids[position], num_top)
-        request.prompt_logprobs.append(entry)
+        request.prompt_logprobs.append(row_logprobs(row, request.token_ids[position], num_top))
 
 
 def _kept(work: Work, verdict: Verdict | None) -> list[int]:
     path = () if verdict is None else verdict.path
-    root = work.num_known - 1
-    return [*range(work.num_known), *[root + node for node in path]]
+    return [*range(work.num_known), *[work.num_known - 1 + node for node in path]]

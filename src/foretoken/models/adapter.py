@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -13,10 +13,12 @@ from foretoken.core.verdict import Exactness
 from foretoken.errors import UnsupportedModelError
 from foretoken.models.batch import RaggedBatch, Segment
 from foretoken.models.cache import BLOCK_SIZE, KVCache
+from foretoken.models.growing import GrownTree, PlantedTree
 from foretoken.models.in_flight import InFlightBatch, TickOutput, TickPass
 from foretoken.models.loops import LoopShape
 from foretoken.models.partial import LayerSet, RemainingRows
 from foretoken.models.pools import LayerShape
+from foretoken.models.state_rows import put_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +128,35 @@ class PartialPass(Protocol):
         ...
 
 
+@runtime_checkable
+class TreeGrower(Protocol):
+    """A forward pass that can also grow draft trees on its own, all levels in one call."""
+
+    def grow(
+        self,
+        cache: KVCache,
+        trees: Sequence[PlantedTree],
+        *,
+        num_columns: int,
+        race_temperature: float,
+    ) -> list[GrownTree] | None:
+        """Grow draft trees best first, a pass per level for all of them.
+
+        The nodes that were run are staged afterwards. None, and nothing done, where it would take
+        longer than to run level by level.
+
+        Args:
+            cache: Of their sequences.
+            trees: At least one.
+            num_columns: How many tokens the target has; others are not drafted.
+            race_temperature: As for `core.ranking.rank_row`.
+
+        Raises:
+            CapacityError: The cache has no room; nothing is staged.
+        """
+        ...
+
+
 class LanguageModel:
     """A causal language model that scores ragged batches of token trees.
 
@@ -144,6 +175,14 @@ class LanguageModel:
     def forward_pass(self) -> ForwardPass:
         """How a pass is computed."""
         return self._forward_pass
+
+    @property
+    def tree_grower(self) -> TreeGrower | None:
+        """What grows trees as passes of this model would, if there is something."""
+        for name in ("batch", "forward"):
+            if getattr(type(self), name) is not getattr(LanguageModel, name):
+                return None
+        return self._forward_pass if isinstance(self._forward_pass, TreeGrower) else None
 
     def with_layers(self, layers: LayerSet) -> LayerView:
         """Return a view that shares all weights and runs some of the layers.
@@ -253,7 +292,7 @@ class LanguageModel:
         if remaining.num_rows:
             first = self._part(LayerSet.all(num_layers))
             hidden = first.forward(remaining, [], [num_layers]).hidden[num_layers]
-            states[remaining.rows] = hidden
+            put_rows(states, remaining.rows, hidden)
         last = self._part(LayerSet.of(range(num_layers, self.info.num_layers)))
         return last.forward(batch, rows, hidden_layers, states)
 
@@ -276,6 +315,11 @@ class LayerView(LanguageModel):
         self.info = info
         self.layers = layers
         self._partial_pass = partial_pass
+
+    @property
+    def tree_grower(self) -> TreeGrower | None:
+        """What grows trees as passes of this view would, if there is something."""
+        return self._partial_pass if isinstance(self._partial_pass, TreeGrower) else None
 
     def with_layers(self, layers: LayerSet) -> LayerView:
         """Refuse: views are made from the whole model.

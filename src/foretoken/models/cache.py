@@ -46,6 +46,7 @@ class KVCache:
         keys: Of each layer, [slots, H, D].
         values: The same.
         flat_pools: `Pools.flat`, for compiled code.
+        tables: What compiled code needs to know of the sequences.
         num_prefix_queries: Tokens that sequences were opened with.
         num_prefix_hits: Those of them that were cached already.
     """
@@ -64,7 +65,7 @@ class KVCache:
         self.keys, self.values = self._pools.keys, self._pools.values
         self.flat_pools = self._pools.flat
         self._slots = np.arange(num_blocks * BLOCK_SIZE).reshape(-1, BLOCK_SIZE)  # of each block
-        self._tables = Tables()
+        self.tables = Tables()
         self._blocks = BlockPool(num_blocks, BLOCK_SIZE)
         self._sequences: set[CachedSequence] = set()
         self.num_prefix_queries = self.num_prefix_hits = 0
@@ -92,7 +93,7 @@ class KVCache:
         Args:
             token_ids: The text. Its last token is never cached: it has to be fed for logits.
         """
-        sequence = CachedSequence(self._tables.take_row())
+        sequence = CachedSequence(self.tables.take_row())
         self._sequences.add(sequence)
         self.num_prefix_queries += len(token_ids)
         if known := self._blocks.find(token_ids[:-1]):
@@ -159,11 +160,11 @@ class KVCache:
         sequence.num_cached = sequence.num_staged = sequence.num_shared = 0
         sequence.is_open = False
         self._sequences.remove(sequence)
-        self._tables.free_rows.append(sequence.index)
+        self.tables.free_rows.append(sequence.index)
 
     def slots(self, sequence: CachedSequence, start: int, stop: int) -> np.ndarray:
         """Return where the logical positions [start, stop) of a sequence lie, [stop - start]."""
-        slots: np.ndarray = self._tables.slots[sequence.index, start:stop].copy()
+        slots: np.ndarray = self.tables.slots[sequence.index, start:stop].copy()
         return slots
 
     # -- transactions ------------------------------------------------------------------------
@@ -211,18 +212,35 @@ class KVCache:
         try:
             for sequence, nodes in zip(sequences, parents, strict=True):
                 num_staged = sequence.num_staged + len(nodes)
-                num_positions = sequence.num_cached + num_staged
-                if num_positions > len(sequence.blocks) * BLOCK_SIZE:
-                    self._reserve(sequence, num_positions)
-                if num_staged > self._tables.parents.shape[1]:
-                    self._tables.widen_nodes(num_staged)
+                self.make_room(sequence, num_staged)
                 sequence.num_staged = num_staged
-            return pack_new(self._tables, sequences, token_ids, parents)
+            return pack_new(self.tables, sequences, token_ids, parents)
         except BaseException:
             for sequence, first in zip(sequences, firsts, strict=True):
-                sequence.num_staged = first
-                self._trim(sequence)
+                self.count_staged(sequence, first)
             raise
+
+    def make_room(self, sequence: CachedSequence, num_staged: int) -> int:
+        """Make room for so many staged nodes; return how many a sequence has room for.
+
+        Raises:
+            CapacityError: Not enough blocks are free; nothing has changed.
+        """
+        num_positions = sequence.num_cached + num_staged
+        if num_positions > len(sequence.blocks) * BLOCK_SIZE:
+            self._reserve(sequence, num_positions)
+        room = len(sequence.blocks) * BLOCK_SIZE - sequence.num_cached
+        if room > self.tables.parents.shape[1]:
+            self.tables.widen_nodes(room)
+        return room
+
+    def count_staged(self, sequence: CachedSequence, num_staged: int) -> None:
+        """Note how many nodes are staged, by compiled code perhaps; free the blocks behind them."""
+        sequence.num_staged = num_staged
+        num_needed = -(-(sequence.num_cached + sequence.num_staged) // BLOCK_SIZE)
+        if num_needed < len(sequence.blocks):
+            self._blocks.release(sequence.blocks[num_needed:])
+            del sequence.blocks[num_needed:]
 
     def lay_out_staged(
         self,
@@ -243,7 +261,7 @@ class KVCache:
         Raises:
             ValueError: A sequence has not staged so many nodes.
         """
-        return pack_staged(self._tables, sequences, firsts, token_ids)
+        return pack_staged(self.tables, sequences, firsts, token_ids)
 
     def commit(self, accepted: Sequence[tuple[CachedSequence, Sequence[int]]]) -> None:
         """Keep one path of staged nodes per sequence, in order from the top, and drop the rest.
@@ -261,7 +279,7 @@ class KVCache:
         for _, nodes in accepted:
             numbers += nodes
         moves = np.empty((2, len(numbers) - num_described), np.int64)
-        tables = self._tables
+        tables = self.tables
         num_moves = choose_paths(
             np.array(numbers, np.int64), len(accepted), tables.slots, tables.parents, moves
         )
@@ -292,7 +310,7 @@ class KVCache:
         """
         nodes = np.array((*path, *kept), np.int64)
         moves = np.empty((2, len(nodes)), np.int64)
-        tables, row = self._tables, sequence.index
+        tables, row = self.tables, sequence.index
         num_moves = keep_nodes(
             nodes,
             len(path),
@@ -312,13 +330,11 @@ class KVCache:
         if num_moves:
             self._pools.move(moves, num_moves)
         sequence.num_cached += len(path)
-        sequence.num_staged = len(kept)
-        self._trim(sequence)
+        self.count_staged(sequence, len(kept))
 
     def rollback(self, sequence: CachedSequence) -> None:
         """Forget all staged nodes and free the blocks that only they used."""
-        sequence.num_staged = 0
-        self._trim(sequence)
+        self.count_staged(sequence, 0)
 
     @contextmanager
     def speculate(self, sequences: Sequence[CachedSequence]) -> Iterator[KVCache]:
@@ -353,20 +369,9 @@ class KVCache:
 
     def _set_slots(self, sequence: CachedSequence, first: int) -> None:
         """Note where the positions of a sequence's blocks from the first on lie."""
-        num_positions = len(sequence.blocks) * BLOCK_SIZE
-        if num_positions > self._tables.slots.shape[1]:
-            self._tables.widen_slots(num_positions)
-        row = self._tables.slots[sequence.index]
-        for place, block in enumerate(sequence.blocks[first:], first):
-            start = place * BLOCK_SIZE
-            row[start : start + BLOCK_SIZE] = self._slots[block]
-
-    def _trim(self, sequence: CachedSequence) -> None:
-        """Free the blocks behind the last position."""
-        num_needed = -(-(sequence.num_cached + sequence.num_staged) // BLOCK_SIZE)
-        if num_needed < len(sequence.blocks):
-            self._blocks.release(sequence.blocks[num_needed:])
-            del sequence.blocks[num_needed:]
+        self.tables.set_slots(
+            sequence.index, first * BLOCK_SIZE, [self._slots[it] for it in sequence.blocks[first:]]
+        )
 
     def check_integrity(self) -> None:
         """Check that every block is owned as often as its count says, and registered as it should.

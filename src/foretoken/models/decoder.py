@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from foretoken.models.adapter import ForwardOutput
+from foretoken.models.addresses import address_of, code_of
 from foretoken.models.batch import RaggedBatch
+from foretoken.models.cache import KVCache
 from foretoken.models.decoder_kernels import (
     COUNTERS_PER_LAYER,
     OTHER_COUNTERS,
@@ -25,10 +27,13 @@ from foretoken.models.decoder_kernels import (
     Weights,
     run_pass,
 )
+from foretoken.models.growing import GrownTree, PlantedTree, Sizes, grow_whole
+from foretoken.models.growth_kernels import Forest, grow_trees
 from foretoken.models.kernels import padded
 from foretoken.models.loops import LoopShape
 from foretoken.models.partial import LayerSet
 from foretoken.models.products import PANEL
+from foretoken.models.state_rows import as_rows
 from foretoken.models.threads import entry_point, run_together
 
 # A second thread has to be woken for each pass, which takes longer than a small pass does.
@@ -100,6 +105,7 @@ class CompiledDecoder:
         self._stored = loops.stored_layers if loops else range(len(weights.windows))
         self._num_layers = len(self._stored)
         self._bytes = _bytes_read(weights, self._num_layers)
+        self._num_counters = self._num_layers * COUNTERS_PER_LAYER + OTHER_COUNTERS
         self._plan = _plan(LayerSet.all(self._num_layers), self._stored, own_cache=True)
         self._no_hidden = (
             np.full(self._num_layers + 1, -1),
@@ -109,6 +115,8 @@ class CompiledDecoder:
         self._buffers: tuple[np.ndarray, ...] = ()
         self._num_buffered = 0
         self._run_pass: Callable[..., None] | None = None  # for the types of these weights
+        self._grow_trees: Callable[..., int] | None = None  # likewise
+        self._pass_address = 0  # of the same code as `_run_pass`, once a tree has grown
 
     def with_layers(self, layers: LayerSet, *, own_cache: bool) -> CompiledDecoder:
         """Return a decoder that runs some of the layers; arguments as for `ForwardPass`."""
@@ -125,7 +133,8 @@ class CompiledDecoder:
         clone._shape = self._shape._replace(vocab=other._shape.vocab)
         clone._weights = self._weights._replace(head=other._weights.head)
         clone._bytes = _bytes_read(clone._weights, self._num_layers)
-        clone._buffers, clone._num_buffered, clone._run_pass = (), 0, None
+        clone._buffers, clone._num_buffered = (), 0
+        clone._run_pass, clone._grow_trees, clone._pass_address = None, None, 0
         return clone
 
     def embed(self, batch: RaggedBatch) -> Tensor:
@@ -147,7 +156,6 @@ class CompiledDecoder:
         num_padded = padded(vocab_size, PANEL)
         logits = np.empty((len(rows), num_padded), np.float32)
         keys, values = batch.cache.flat_pools
-        num_counters = self._num_layers * COUNTERS_PER_LAYER + OTHER_COUNTERS
         hidden_index, hidden = self._room_for_hidden(hidden_layers, batch.num_rows)
         arguments = (
             self._shape,
@@ -155,7 +163,7 @@ class CompiledDecoder:
             self._plan,
             len(keys) // len(batch.cache.keys),
             batch.packed,
-            self._no_states if states is None else states.float().contiguous().numpy(),
+            self._no_states if states is None else as_rows(states),
             np.array(rows, np.int64),
             keys,
             values,
@@ -164,7 +172,7 @@ class CompiledDecoder:
             logits.reshape(-1),
             hidden_index,
             hidden,
-            np.zeros(num_counters, np.int64),
+            np.zeros(self._num_counters, np.int64),
         )
         if self._run_pass is None:
             self._run_pass = entry_point(run_pass, arguments)
@@ -175,6 +183,48 @@ class CompiledDecoder:
                 layer: torch.from_numpy(hidden[index]) for index, layer in enumerate(hidden_layers)
             },
         )
+
+    def grow(
+        self,
+        cache: KVCache,
+        trees: Sequence[PlantedTree],
+        *,
+        num_columns: int,
+        race_temperature: float,
+    ) -> list[GrownTree] | None:
+        """Grow draft trees, a pass per level for all of them; arguments as for `TreeGrower`."""
+        sizes = Sizes.of(trees)
+        if self._num_threads(sizes.rows) > 1:
+            return None
+        keys, values = cache.flat_pools
+        index, no_hidden = self._no_hidden
+        last = max([it.sequence.num_cached + len(it.known_ids) + it.max_depth for it in trees])
+        rotary, buffers = self._rotary.upto(last), self._room_for(sizes.rows)
+        model = (self._shape, self._weights, self._plan, len(keys) // len(cache.keys))
+        if not self._pass_address:
+            numbers, logits = np.empty(0, np.int64), np.empty(0, np.float32)
+            self._pass_address = address_of(
+                run_pass,
+                (
+                    *(*model, numbers, self._no_states, numbers, keys, values, rotary, buffers),
+                    *(logits, index, no_hidden, numbers, 1),
+                ),
+            )
+
+        def grow(forest: Forest) -> int:
+            tables = cache.tables  # others after room was made in them
+            arguments = (
+                *(forest, tables.slots, tables.parents, tables.depths),
+                *(min(num_columns, self._shape.vocab), race_temperature),
+                *(self._pass_address, self._num_counters, *model, self._no_states),
+                *(keys, values, rotary, buffers, padded(self._shape.vocab, PANEL)),
+                *(index, no_hidden),
+            )
+            if self._grow_trees is None:
+                self._grow_trees = code_of(grow_trees, arguments)
+            return self._grow_trees(*arguments)
+
+        return grow_whole(cache, trees, sizes, grow)
 
     def _room_for_hidden(
         self, layers: Sequence[int], num_rows: int

@@ -6,6 +6,7 @@ changes with every pass travels as one. `unpack` cuts it into its parts, on eith
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -74,9 +75,14 @@ class Tables:
             self.free_rows = list(range(num_rows, 2 * num_rows))
         return self.free_rows.pop()
 
-    def widen_slots(self, num_positions: int) -> None:
-        """Make room for so many positions of a sequence."""
-        self.slots = _grown(self.slots, len(self.slots), 1 << num_positions.bit_length())
+    def set_slots(self, index: int, start: int, blocks: Sequence[np.ndarray]) -> None:
+        """Note where the positions of a sequence from `start` on lie: slots, block by block."""
+        for slots in blocks:
+            stop = start + len(slots)
+            if stop > self.slots.shape[1]:
+                self.slots = _grown(self.slots, len(self.slots), 1 << stop.bit_length())
+            self.slots[index, start:stop] = slots
+            start = stop
 
     def widen_nodes(self, num_nodes: int) -> None:
         """Make room for so many staged nodes of a sequence."""
@@ -131,6 +137,7 @@ def _unpack(packed: np.ndarray) -> Layout:
     )
 
 
+packed_size_compiled = jit(packed_size)
 unpack_compiled = jit(_unpack)
 
 

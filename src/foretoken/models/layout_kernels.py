@@ -9,13 +9,12 @@ from foretoken.models.layout import PER_SEGMENT, unpack_compiled
 
 
 @jit
-def _describe(layout, segment, row, first, num_new, num_cached, slots, parents, depths):
+def _describe(layout, segment, first, num_new, num_cached, slots, parents, depths):
     """Write one segment behind those before it: nodes [first, first + num_new) of a sequence.
 
     Args:
         layout: Written to; the starts of this segment are there, those of the next come here.
         segment: Its number.
-        row: Its first row.
         first: Index of its first node among the staged nodes of the sequence.
         num_new: Its rows.
         num_cached: Cached positions of the sequence.
@@ -24,6 +23,7 @@ def _describe(layout, segment, row, first, num_new, num_cached, slots, parents, 
         depths: Likewise.
     """
     num_staged = first + num_new
+    row = layout.row_starts[segment]
     key, node = layout.key_starts[segment], layout.node_starts[segment]
     layout.num_cached[segment] = num_cached
     layout.first_staged[segment] = first
@@ -39,6 +39,38 @@ def _describe(layout, segment, row, first, num_new, num_cached, slots, parents, 
     layout.row_starts[segment + 1] = row + num_new
     layout.key_starts[segment + 1] = key + num_cached + num_staged
     layout.node_starts[segment + 1] = node + num_staged
+
+
+@jit
+def stage_segment(
+    layout, segment, first, token_ids, parents, num_cached, slots, all_parents, depths
+):
+    """Stage the new nodes of one sequence and write its segment behind those before it.
+
+    Args:
+        layout: As for `_describe`.
+        segment: Likewise.
+        first: How many nodes the sequence has staged before.
+        token_ids: Of the new nodes.
+        parents: Likewise.
+        num_cached: Cached positions of the sequence.
+        slots: Of the sequence, from the tables.
+        all_parents: Likewise; written to.
+        depths: Likewise; written to.
+
+    Returns:
+        -1, or the first of the new nodes whose parent does not come before it.
+    """
+    num_new, row = len(token_ids), layout.row_starts[segment]
+    for new in range(num_new):
+        staged, parent = first + new, parents[new]
+        if parent < -1 or parent >= staged:
+            return new
+        all_parents[staged] = parent
+        depths[staged] = 0 if parent < 0 else depths[parent] + 1
+        layout.token_ids[row + new] = token_ids[new]
+    _describe(layout, segment, first, num_new, num_cached, slots, all_parents, depths)
+    return -1
 
 
 @jit
@@ -70,22 +102,26 @@ def lay_out(
     num_rows = packed[1]
     token_ids = numbers[PER_SEGMENT * num_segments :]
     parents = token_ids[num_rows:]
-    layout.token_ids[:] = token_ids[:num_rows]
     layout.row_starts[0] = layout.key_starts[0] = layout.node_starts[0] = 0
     row = 0
     for segment in range(num_segments):
         at = PER_SEGMENT * segment
         index, num_cached = numbers[at], numbers[at + 1]
-        first, num_new = numbers[at + 2], numbers[at + 3]
-        slots, all_parents, depths = slot_table[index], parent_table[index], depth_table[index]
-        for new in range(num_new):
-            staged, parent = first + new, parents[row + new]
-            if parent < -1 or parent >= staged:
-                return row + new
-            all_parents[staged] = parent
-            depths[staged] = 0 if parent < 0 else depths[parent] + 1
-        _describe(layout, segment, row, first, num_new, num_cached, slots, all_parents, depths)
-        row += num_new
+        first, stop = numbers[at + 2], row + numbers[at + 3]
+        orphan: int = stage_segment(
+            layout,
+            segment,
+            first,
+            token_ids[row:stop],
+            parents[row:stop],
+            num_cached,
+            slot_table[index],
+            parent_table[index],
+            depth_table[index],
+        )
+        if orphan >= 0:
+            return row + orphan
+        row = stop
     return -1
 
 
@@ -117,7 +153,7 @@ def lay_out_staged(
         index, num_cached = numbers[at], numbers[at + 1]
         first, num_new = numbers[at + 2], numbers[at + 3]
         slots, parents, depths = slot_table[index], parent_table[index], depth_table[index]
-        _describe(layout, segment, row, first, num_new, num_cached, slots, parents, depths)
+        _describe(layout, segment, first, num_new, num_cached, slots, parents, depths)
         row += num_new
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from foretoken.models.batch import RaggedBatch
 from foretoken.models.cache import CachedSequence, KVCache
 from foretoken.models.layout import HEADER, Layout
+from foretoken.models.state_rows import put_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +198,7 @@ class RemainingRows(RaggedBatch):
         layers = range(self.num_layers)
         for start, known in self._known:
             rows = start + np.array(known.rows, np.int64)
-            states[torch.from_numpy(rows).to(states.device)] = known.hidden
+            put_rows(states, torch.from_numpy(rows), known.hidden)
             copy_slots(
                 [(known.cache.keys[layer], known.cache.values[layer]) for layer in layers],
                 known.slots,

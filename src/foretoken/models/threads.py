@@ -12,11 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any
 
-import numba
 from numba.core import types
 from numba.extending import intrinsic
 
 from foretoken.core.jit import jit_borrowing
+from foretoken.models.addresses import code_of
 
 SPINS = 2000
 BARRIER = 0  # index in the state of what `meet` counts
@@ -78,16 +78,11 @@ def _workers(num_workers: int) -> ThreadPoolExecutor:
 def entry_point(function: Callable[..., None], arguments: tuple[Any, ...]) -> Callable[..., None]:
     """Return the code of a compiled function for the types of some arguments.
 
-    Calling it leaves out the search for the code that fits, which costs more than the call
-    itself where arguments are named tuples. Arrays of another type are still refused.
-
     Args:
         function: As for `run_together`.
         arguments: Likewise.
     """
-    compiled: Any = function
-    code: Callable[..., None] = compiled.compile(tuple(map(numba.typeof, (*arguments, 1))))
-    return code
+    return code_of(function, (*arguments, 1))
 
 
 def run_together(

@@ -34,7 +34,7 @@ from foretoken.planner.pacing import Pace, Probes, Trials
 
 _BEYOND_EVERY = 8  # planned steps, after as many at first, in which drafts are larger than planned
 _FREE_GAIN = 0.02  # tokens; a drafter whose levels need bring no more works as long for several
-_TRIAL_STEPS = 5  # of a trial
+_TRIAL_STEPS = 12  # of a trial; the last two of them tell what the way costs
 _LARGEST_LOSS = 0.4  # of its time that such a step may be expected to waste
 _LEAST_LOSS = 0.01  # of it that it is taken to waste at least
 _PROBE_SIZES = (4, 1, 2)  # nodes of drafts that are only tried, in turn, to tell levels' cost
@@ -90,13 +90,12 @@ class AdaptivePlanner(Planner):
         self._choices: dict[str, Choice] = {}
         self._orders: dict[str, tuple[DraftBudget | None, Order]] = {}  # by the plan that holds
         self._present: Arm = ()  # what it prefers, which a trial may replace for some steps
-        self._is_trial = False
+        self._is_trial = self._is_new = False
         self._rate = 0.0  # tokens per millisecond that it promises
         self._least_prob = 0.0  # of a node beyond the plan's size that is worth its row
-        self._num_decoding = 0
         self._is_idle = False  # nothing is drafted in this step, and nothing learned from it
         self._idle_s = 0.0  # such steps, not told yet to those who count time
-        self._num_plans = self._num_probes = 0
+        self._num_decoding = self._num_plans = self._num_probes = 0
         self._probe: str | None = None
         self._is_probe_wasted = False  # it had to read what it had missed first
         self._step: PlannedStep | None = None  # if this one is planned
@@ -173,12 +172,14 @@ class AdaptivePlanner(Planner):
         self._num_decoding = count = len(decoding)
         # As if no prompts were read beside: the plan holds for the steps after this one, too.
         step_ms = self._step_ms(decoding, count, count * self._max_nodes)  # [1 + B * N]
-        plain_rate = count / float(step_ms[0])
+        plain_ms = self._cost.plain_ms(sum(share.num_keys for share in decoding), count)
+        plain_rate = count / plain_ms
         self._holding.begin(plain_rate)
-        prices = self._drafting.prices(self._labels, count, float(step_ms[0]))
+        prices = self._drafting.prices(self._labels, count, plain_ms)
         gains = self._experience.gains(decoding)  # [B, A, N]
         able = ways_of(decoding, self._arms)  # [B, A]
         outlook = self._formula.outlook(gains, able, prices, step_ms)
+        self._experience.renew()
         self._choice, self._choices = PLAIN, dict.fromkeys(ids_of(decoding), PLAIN)
         present = self._arms.index(self._present) if self._present else None
         best, self._rate = outlook.best(present, plain_rate)
@@ -217,6 +218,7 @@ class AdaptivePlanner(Planner):
         What the plan never does is never timed, and may have become cheaper than it was. A few
         steps, because the first ones find the processor's caches full of something else.
         """
+        self._is_new = self._choice[0] != self._present
         self._present, self._is_trial = self._choice[0], False
         is_plain = self._choice is PLAIN
         is_due = self._trials.is_due(is_plain=is_plain) and self._probe is None
@@ -265,13 +267,14 @@ class AdaptivePlanner(Planner):
         if not draft.tree.num_draft_tokens:
             return draft
         size = self._choices.get(share.request_id, self._choice)[1]
-        # What is certain and free comes on top.
-        size += sum(not self._always.isdisjoint(source_names(name)) for name in draft.source)
         if draft.tree.num_draft_tokens <= size:
             return draft
-        probs = self._experience.path_probs(share, draft)
-        num_worth = sum(prob >= self._least_prob for prob in probs) - 1  # without the root
-        return draft.keep(draft.tree.top_nodes(probs, max(size, num_worth)))
+        for source in set(draft.source):  # what is certain and free comes on top
+            if not self._always.isdisjoint(source_names(source)):
+                size += draft.source.count(source)
+        if draft.tree.num_draft_tokens <= size:
+            return draft
+        return self._experience.cut(share, draft, size, self._least_prob)
 
     def _best_nodes(self, shares: Sequence[Share], step: PlannedStep) -> list[Draft]:
         """Return the drafts with the n likeliest nodes of all of them, for the best n."""
@@ -315,7 +318,7 @@ class AdaptivePlanner(Planner):
         if self._pace.is_settled and not has_prompts:
             learn_costs(self._cost, shares, scored, times, step.own_s)
         step.own_s += self._clock() - start_s
-        self._pace.planned(step.own_s, times.total_s)
+        self._pace.planned(step.own_s, times.total_s, is_new=self._is_new)
         if self._is_trial:
             self._pace.hold(_TRIAL_STEPS)
         if self._is_probe_wasted:

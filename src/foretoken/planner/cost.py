@@ -185,6 +185,7 @@ class CostModel:
         self._table_key: tuple[int, int, int, tuple[float, float]] | None = None
         self._table = np.zeros(0)
         self._overhead = RunningCost()
+        self._plain_overhead = RunningCost()
         self._drafts: dict[str, RunningCost] = {}
 
     def factor(self, num_rows: int) -> float:
@@ -221,9 +222,15 @@ class CostModel:
         return self._table
 
     def observe_pass(
-        self, num_rows: int, num_keys: int, seconds: float, num_requests: int = 1
+        self,
+        num_rows: int,
+        num_keys: int,
+        seconds: float,
+        num_requests: int = 1,
+        *,
+        is_plain: bool = False,
     ) -> None:
-        """Learn how long a pass took.
+        """Learn how long a pass took, one of plain decoding or another.
 
         Passes over many more rows than were measured, such as those of a prompt, teach nothing.
         """
@@ -231,7 +238,7 @@ class CostModel:
             return
         curve_ms = self._curve_ms(num_rows, num_keys, num_requests)
         correction = self._correction
-        correction.observe(num_rows, 1000.0 * seconds / curve_ms)
+        correction.observe(num_rows, 1000.0 * seconds / curve_ms, is_plain=is_plain)
         level, slope = self._applied
         most = math.log(self.curve.max_rows)
         is_off = abs(correction.level - level) + most * abs(correction.slope - slope) > NOTICEABLE
@@ -250,15 +257,31 @@ class CostModel:
 
     # -- what is around passes ---------------------------------------------------------------
 
-    def observe_overhead(self, num_requests: int, num_rows: int, seconds: float) -> None:
+    def observe_overhead(
+        self, num_requests: int, num_rows: int, seconds: float, *, is_plain: bool = False
+    ) -> None:
         """Learn how long a step took without its pass and its drafters; not less than nothing."""
-        self._overhead.observe(num_requests, num_rows, max(0.0, seconds))
+        if is_plain:
+            self._plain_overhead.observe(num_requests, 0, max(0.0, seconds))
+        else:
+            self._overhead.observe(num_requests, num_rows, max(0.0, seconds))
+
+    def plain_ms(self, num_keys: int, num_requests: int) -> float:
+        """Return the expected time of a step of plain decoding; arguments as for `row_table`."""
+        pass_ms = self._correction.factor(num_requests, is_plain=True) * self._curve_ms(
+            num_requests, num_keys, num_requests
+        )
+        if self._plain_overhead.is_known:
+            return pass_ms + self._plain_overhead.expect_ms(num_requests, 0)
+        return pass_ms + self.overhead_ms(num_requests, num_requests)
 
     def overhead_ms(self, num_requests: int, num_rows: int) -> float:
         """Return the expected time of a step without its pass and its drafters; 0 if unknown.
 
         Rows have their price here too: each one's tokens are laid out, sampled and checked.
         """
+        if not self._overhead.is_known:  # nobody has drafted yet
+            return self._plain_overhead.expect_ms(num_requests, 0)
         return self._overhead.expect_ms(num_requests, num_rows)
 
     def step_table(

@@ -1,7 +1,9 @@
 """Measuring what a model's passes cost, with real passes over its own cache.
 
 Rounds of passes are taken in random order, so that a drift of the machine meets all of them
-alike, and the lower quartile of each counts: whatever disturbs a pass makes it slower.
+alike, and the lower quartile of each counts: whatever disturbs a pass makes it slower. Short
+passes are timed in streaks: after others like it, as while decoding, a small model's pass finds its
+weights in the processor's caches; after one over a hundred rows it takes half as long again.
 
 Tokens are random and distinct. In a mixture of experts, rows choose different experts then and
 each row reads weights of its own; rows of real text share more, and the correction of `CostModel`
@@ -13,6 +15,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from statistics import median
 
 import numpy as np
 import torch
@@ -26,6 +29,8 @@ from foretoken.planner.cost import CostCurve, extended
 
 BUDGET_S = 3.0
 MIN_ROUNDS, USUAL_ROUNDS, MAX_ROUNDS = 3, 7, 25
+STREAK, STREAK_S = 12, 3e-3  # passes of one kind in a row, or as many as fill so much time
+COUNTED = 3  # of them, the last ones
 QUICK_S = 0.2  # rounds beyond the usual are taken within this: tiny passes scatter most
 # Rows to measure, the finest that the budget allows: where trees are, and both sides of the steps
 # that kernels with blocks of 4, 8 or 12 rows make.
@@ -103,8 +108,9 @@ def measure_cost(
     contexts = Contexts.of(model)
     bench = (bench_class or Bench)(model, contexts, clock)
     cases = choose_cases(contexts, bench.probe(), budget_s)
+    start_s = clock()
     samples = [bench.run(cases)]
-    num_rounds = choose_rounds(float(samples[0].sum()), budget_s)
+    num_rounds = choose_rounds(clock() - start_s, budget_s)
     while len(samples) < num_rounds:
         on_progress(Progress(done=len(samples), total=num_rounds, stage=STAGE))
         samples.append(bench.run(cases))
@@ -135,7 +141,8 @@ def choose_cases(contexts: Contexts, probe_s: Sequence[float], budget_s: float) 
         sizes = np.array([case.num_rows * case.num_requests for case in cases], np.float64)
         # Beyond the probes as if rows were all that costs: then no budget is exceeded by far.
         seconds = np.interp(sizes, PROBES, probe_s) * np.maximum(1.0, sizes / PROBES[-1])
-        if MIN_ROUNDS * seconds.sum() <= budget_s:
+        streaks_s = np.maximum(np.minimum(STREAK_S, STREAK * seconds), seconds)
+        if MIN_ROUNDS * streaks_s.sum() <= budget_s:
             break
     return cases
 
@@ -164,21 +171,24 @@ class Bench:
         return seconds
 
     def run(self, cases: Sequence[Case]) -> NDArray[np.float64]:
-        """Return seconds of one pass of each case, taken in random order."""
+        """Return seconds of a pass of each case, taken in random order."""
         seconds = np.zeros(len(cases))
         for index in self._random.permutation(len(cases)):
             seconds[index] = self._time(cases[index])
         return seconds
 
     def _time(self, case: Case) -> float:
+        """Return seconds of a pass, the median of the last ones of a streak."""
         sequences = self._choose_sequences(case)
         with self._cache.speculate(sequences):
             run = self._prepare(sequences, case.num_rows)
             self._wait()
-            start_s = self._clock()
-            run()
-            self._wait()
-            return self._clock() - start_s
+
+            def run_and_wait() -> None:
+                run()
+                self._wait()
+
+            return time_streak(run_and_wait, self._clock)
 
     def _prepare(self, sequences: Sequence[CachedSequence], num_rows: int) -> Callable[[], object]:
         """Return a pass over so many new rows of each sequence, a chain, ready to be run."""
@@ -203,6 +213,22 @@ class Bench:
         """Wait for devices that work behind the program's back."""
         if self._model.info.device.type != "cpu":
             torch.accelerator.synchronize(self._model.info.device)
+
+
+def time_streak(run: Callable[[], object], clock: Callable[[], float]) -> float:
+    """Return seconds of what is run, after it was run a few times if it is short.
+
+    Args:
+        run: What is timed; done when it returns.
+        clock: Seconds from any fixed moment.
+    """
+    times_s: list[float] = []
+    first_s = start_s = clock()
+    while len(times_s) < STREAK and start_s - first_s < STREAK_S:
+        run()
+        start_s, before_s = clock(), start_s
+        times_s.append(start_s - before_s)
+    return median(times_s[-COUNTED:])
 
 
 def _with_context(cache: KVCache, num_keys: int) -> CachedSequence:
@@ -338,4 +364,5 @@ __all__ = [
     "fit_curve",
     "halved",
     "measure_cost",
+    "time_streak",
 ]

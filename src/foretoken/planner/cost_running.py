@@ -5,14 +5,15 @@ from __future__ import annotations
 DECAY = 0.98  # of an observation's weight with each that follows: the last fifty count
 LARGEST_RATIO = 4.0  # an observation so much slower than expected counts as no slower than that
 NUM_TRUSTED = 5  # observations after which there is an expectation to compare with
-RIDGE = 1e-3  # of the mean weight; decides where the counts never varied apart
+RIDGE = 1e-3  # of the mean weight; what was known before decides where counts do not vary apart
 
 
 class RunningCost:
     """Fits time = a * first + b * second, a and b >= 0, by least squares that forget.
 
-    Counts that never vary apart share the time between them, which gives the right sum for the
-    counts that occur.
+    What the counts that occur do not tell stays what it was: where they do not vary apart, as in
+    plain decoding, their sum is learned and not how it is shared between them. As long as nothing
+    tells, all of it is the first one's.
     """
 
     __slots__ = ("_is_solved", "_mean_ms", "_num_seen", "_per_first", "_per_second", "_sums")
@@ -45,6 +46,11 @@ class RunningCost:
         self._mean_ms += (ms - self._mean_ms) * max(1.0 - DECAY, 1.0 / self._num_seen)
         self._is_solved = False
 
+    @property
+    def is_known(self) -> bool:
+        """Whether there was an observation."""
+        return self._num_seen > 0
+
     def expect_ms(self, first: float, second: float) -> float:
         """Return the expected time; 0 before any observation."""
         if not self._is_solved:
@@ -53,8 +59,12 @@ class RunningCost:
 
     def _solve(self) -> None:
         xx, xy, yy, xt, yt = self._sums
+        known_first, known_second = self._per_first, self._per_second
+        if not (known_first or known_second):
+            known_first = xt / xx if xx else 0.0
         ridge = RIDGE * (xx + yy) / 2 or 1.0
         xx, yy = xx + ridge, yy + ridge
+        xt, yt = xt + ridge * known_first, yt + ridge * known_second
         determinant = xx * yy - xy * xy
         self._per_first = (xt * yy - yt * xy) / determinant
         self._per_second = (yt * xx - xt * xy) / determinant

@@ -15,15 +15,15 @@ from foretoken.planner.cost import CostModel
 _LEVELS_RATE = 0.2  # weight of the newest draft in the usual depth of a drafter's
 _UNSEEN_SHARE = 0.1  # of a plain pass that a drafter is taken to need until it was seen
 _NUM_TELLING = 6
-_NUM_WARM_UP = 1  # drafts of a drafter that teach nothing: code is loaded, buffers are made
+_NUM_WARM_UP = 2  # drafts of a drafter that teach nothing: code is loaded, buffers are made
 
 
 class Drafting:
     """Expected time of drafters.
 
     A drafter that did not draft for a request in the step before first reads what it has missed.
-    Such a draft is no usual one, so it is not counted; nor is a drafter's very first. As long as
-    there was nothing else, the shortest of them is what a draft may take.
+    Such a draft is no usual one, so it is not counted. As long as there was nothing else, the
+    shortest of them is what a draft may take. A drafter's very first ones say nothing at all.
 
     Args:
         cost: Holds the running estimates.
@@ -84,8 +84,10 @@ class Drafting:
             is_caught_up: Whether it drafted for all of them in the step before.
         """
         self._num_seen[label] = self._num_seen.get(label, 0) + 1
+        if not self.is_warm(label):
+            return False
         self._least_ms[label] = min(1000.0 * seconds, self._least_ms.get(label, math.inf))
-        if self._num_seen[label] <= _NUM_WARM_UP or not is_caught_up:
+        if not is_caught_up:
             return False
         self._num_usual[label] = self._num_usual.get(label, 0) + 1
         levels = max(_levels_of(label, draft) for draft in drafts)
@@ -111,12 +113,13 @@ def learn_costs(
         times: Of the step.
         own_s: What planning took of it.
     """
+    is_plain = not times.draft_s
     num_rows = sum(share.num_rows for share in shares)
     num_rows += sum(draft.tree.num_draft_tokens for draft in scored)
     num_keys = sum(share.num_keys for share in shares)
-    cost.observe_pass(num_rows, num_keys, times.pass_s, len(shares))
+    cost.observe_pass(num_rows, num_keys, times.pass_s, len(shares), is_plain=is_plain)
     rest_s = times.total_s - times.pass_s - sum(times.draft_s.values()) - own_s
-    cost.observe_overhead(len(shares), num_rows, rest_s)
+    cost.observe_overhead(len(shares), num_rows, rest_s, is_plain=is_plain)
 
 
 def _levels_of(label: str, draft: Draft) -> int:

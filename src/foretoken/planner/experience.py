@@ -67,6 +67,7 @@ class Experience:
         self._gains = Gains(arms, max_nodes, first_guess)
         self._luck: dict[tuple[str, str], _Luck] = {}
         self._boast: defaultdict[str, float] = defaultdict(float)  # logarithms
+        self._worths: dict[tuple[str, tuple[str, ...], tuple[float, ...]], int] = {}
 
     def boast(self, label: str) -> float:
         """Return what a drafter says its deepest guesses are worth, per token they are worth."""
@@ -74,24 +75,56 @@ class Experience:
 
     def path_probs(self, share: Share, draft: Draft) -> list[float]:
         """Return the probability that each node of a request's draft is reached, [N]."""
-        tree = draft.tree
+        tree, logprobs = draft.tree, draft.draft_logprobs
+        depths, parents = tree.depths, tree.parents
         probs, rank = [1.0] * len(tree), [0] * len(tree)
-        for node, parent in enumerate(tree.parents[1:], start=1):
+        known: dict[str, list[tuple[Acceptance, float]]] = {}  # most nodes are of few sources
+        for node in range(1, len(tree)):
+            source, parent = draft.source[node], parents[node]
+            if source not in known:
+                known[source] = self._estimators(share.request_id, source)
             estimates = [
-                self._estimate(share.request_id, label, draft, node, rank[parent])
-                for label in source_names(draft.source[node])
+                factor * acceptance.estimate(depths[node], rank[parent], logprobs[node])
+                for acceptance, factor in known[source]
             ]
-            probs[node] = probs[parent] * max(estimates)
+            probs[node] = probs[parent] * min(_MOST_CERTAIN, max(estimates))
             rank[parent] += 1
         return probs
 
-    def _estimate(self, request_id: str, label: str, draft: Draft, node: int, rank: int) -> float:
-        """Return the probability that a drafter's guess is taken, given the node above it is."""
-        estimate = self._acceptance[label].estimate(
-            draft.tree.depths[node], rank, draft.draft_logprobs[node]
-        )
-        luck = self._luck.get((request_id, label))
-        return estimate if luck is None else min(_MOST_CERTAIN, luck.factor * estimate)
+    def cut(self, share: Share, draft: Draft, size: int, least_prob: float) -> Draft:
+        """Return a request's draft with its likeliest nodes: so many, or all that are worth a row.
+
+        What is said of a chain is said again of those like it until `renew`: copies come with few
+        different estimates, and there are many of them.
+
+        Args:
+            share: Whose it is.
+            draft: Without draws.
+            size: Nodes that stay in any case, the root not counted.
+            least_prob: Probability to be reached from which on nodes stay beyond that.
+        """
+        if not draft.tree.is_chain:
+            probs = self.path_probs(share, draft)
+            num_worth = sum(prob >= least_prob for prob in probs) - 1
+            return draft.keep(draft.tree.top_nodes(probs, max(size, num_worth)))
+        key = share.request_id, draft.source, draft.draft_logprobs
+        if key not in self._worths:
+            probs = self.path_probs(share, draft)
+            self._worths[key] = sum(prob >= least_prob for prob in probs) - 1
+        size = max(size, self._worths[key])
+        return draft if size >= draft.tree.num_draft_tokens else draft.keep(range(size + 1))
+
+    def renew(self) -> None:
+        """Forget what was said of chains: what is worth a row has changed."""
+        self._worths.clear()
+
+    def _estimators(self, request_id: str, source: str) -> list[tuple[Acceptance, float]]:
+        """Return what estimates the nodes of a source, and how it does on a request."""
+        found = []
+        for label in source_names(source):
+            luck = self._luck.get((request_id, label))
+            found.append((self._acceptance[label], 1.0 if luck is None else luck.factor))
+        return found
 
     def gains(self, shares: Sequence[Share]) -> NDArray[np.float64]:
         """Return what the nodes of drafts are worth for some requests, best first, [B, A, N]."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 
 from foretoken.planner.cost import CostCurve
-from foretoken.planner.cost_correction import LARGEST_DEVIATION, LEVEL_DRIFT, NOISE, SLOPE_DRIFT
+from foretoken.planner.cost_correction import SLOPE_DRIFT, Filter
 from foretoken.planner.in_flight import TickReport
 
+LEVEL_DRIFT = 7e-5  # added variance of the level with each step: about 12 steps count
 OFFSET_DRIFT = 1e-6  # added variance of what sets ticks apart from passes, with each step
-FIRST_DEVIATION = 0.5  # the most that a step counts for of which little is known yet
 LEVEL_VARIANCE, OFFSET_VARIANCE, SLOPE_VARIANCE = 1.0, 0.25, 0.02  # before the first step
 _DRIFTS = (LEVEL_DRIFT, OFFSET_DRIFT, SLOPE_DRIFT)
 
@@ -35,11 +35,7 @@ class FlightCosts:
     def __init__(self, ticks: CostCurve, passes: CostCurve) -> None:
         self._curves = (ticks, passes)
         self._tables: dict[tuple[bool, int], tuple[list[float], list[float]]] = {}
-        self._state = [0.0, 0.0, 0.0]
-        variances = (LEVEL_VARIANCE, OFFSET_VARIANCE, SLOPE_VARIANCE)
-        self._covariance = [
-            [variances[row] if row == column else 0.0 for column in range(3)] for row in range(3)
-        ]
+        self._filter = Filter((LEVEL_VARIANCE, OFFSET_VARIANCE, SLOPE_VARIANCE), _DRIFTS)
 
     def pass_ms(self, num_keys: int, num_requests: int) -> float:
         """Return the expected time of an ordinary pass, one row per request.
@@ -48,7 +44,7 @@ class FlightCosts:
             num_keys: Cached positions that requests see, summed over them.
             num_requests: At least one.
         """
-        return math.exp(self._state[0]) * self._curve_ms(
+        return math.exp(self._filter.state[0]) * self._curve_ms(
             num_requests, num_keys, num_requests, is_pass=True
         )
 
@@ -60,7 +56,7 @@ class FlightCosts:
             num_keys: As for `pass_ms`.
             num_requests: At least one.
         """
-        level, offset, slope = self._state
+        level, offset, slope = self._filter.state
         low = int(num_rows)
         share = num_rows - low
         curve_ms = self._curve_ms(low, num_keys, num_requests, is_pass=False)
@@ -77,21 +73,7 @@ class FlightCosts:
         )
         deviation = math.log(max(1000.0 * report.tick_s / curve_ms, 1e-3))
         seen = (1.0, 0.0, 0.0) if is_pass else (1.0, 1.0, math.log(report.num_rows))
-        state, covariance = self._state, self._covariance
-        for place, drift in enumerate(_DRIFTS):
-            deviation -= seen[place] * state[place]
-            covariance[place][place] += drift
-        gains = [sum(map(float.__mul__, row, seen)) for row in covariance]
-        total = sum(map(float.__mul__, gains, seen)) + NOISE
-        # A step may have been interrupted; one is, sooner or later, while nothing is known yet.
-        most = LARGEST_DEVIATION if total < 2 * NOISE else FIRST_DEVIATION
-        deviation = max(-most, min(most, deviation))
-        for place, gain in enumerate(gains):
-            step = gain / total
-            state[place] += step * deviation
-            row = covariance[place]
-            for column in range(3):
-                row[column] -= step * gains[column]
+        self._filter.observe(seen, deviation)
 
     def _curve_ms(self, num_rows: int, num_keys: int, num_requests: int, *, is_pass: bool) -> float:
         table = self._tables.get((is_pass, num_requests))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 
 PLANNING_SHARE = 0.005  # of the time of all steps, at most, for planning itself
@@ -10,7 +11,9 @@ PROBING_SHARE = 0.01  # of it, at most, for drafters that are tried and not expe
 
 _FIRST_PLANS = 8  # are made step by step, however short steps are
 _MOST_STEPS = 128  # from one plan to the next
-_HASTE = 4.0  # times as often as their price allows, at most, plans come where texts change
+_HASTE = 4.0  # times as often as their price allows, at most, plans come where texts change ...
+_CALM, _LEAST_HASTE = 0.8, 2.0  # ... and less often with each that changes nothing, down to this
+_CHEAP = 2.0  # steps over which a plan is to be spread that can be left out of account
 _UNSETTLED_STEPS = 2  # after a plan and the first step by it
 _LEARNED_EVERY = 16  # steps between plans
 _OTHER_BATCH = 1.5  # times as many requests as a plan was made for, or as few, want a new one
@@ -19,7 +22,8 @@ _RATE = 0.1  # weight of the newest plan's price
 _OUTLIER = 4.0  # times what is usual; more counts as no more than that
 _FIRST_CREDIT = 4.0  # steps whose time may be spent on probing at once
 _MOST_CREDIT_S = 0.2
-_MOST_PATIENCE = 64.0  # planned steps between two trials of a drafter that was found wanting
+_MOST_DEBT = 16.0  # steps whose time may be owed: code that a late trial loads comes but once
+_MOST_PATIENCE = 16.0  # planned steps between two trials of a drafter that was found wanting
 
 
 class Pace:
@@ -35,7 +39,8 @@ class Pace:
         self._plan_s = self._step_s = 0.0
         self._steps_left = self._num_past = 0
         self._period = 1
-        self._price = 0.0  # of a plan, in steps over which it is to be spread
+        self._price = math.inf  # of a plan, in steps over which it is to be spread
+        self._haste = _HASTE
         self._num_requests = 0
 
     def begins_plan(self, num_requests: int) -> bool:
@@ -58,16 +63,24 @@ class Pace:
     def is_settled(self) -> bool:
         """Whether this step's time is one to learn from.
 
-        It is free of planning, and of what was done otherwise before. Where every step is planned,
-        none is; they are large, and planning small beside them. Of many steps some will do.
+        It is free of planning, and of what was done otherwise before: a small model's steps take
+        longer for a while after either. Of many such steps some will do. Beside large steps
+        planning is nothing.
         """
-        if self._period <= 2:
+        if self._price <= _CHEAP:
             return True
-        is_usual = self._steps_left < self._period - _UNSETTLED_STEPS
+        is_usual = 0 <= self._steps_left < self._period - _UNSETTLED_STEPS
         return is_usual and (self._steps_left < 2 or self._steps_left % _LEARNED_EVERY == 0)
 
-    def planned(self, plan_s: float, step_s: float) -> None:
-        """Learn what planning took in a step, and what the whole step took."""
+    def planned(self, plan_s: float, step_s: float, *, is_new: bool = True) -> None:
+        """Learn what a plan took.
+
+        Args:
+            plan_s: Seconds of planning in the step.
+            step_s: Of the whole step.
+            is_new: Whether the plan is another one than the last.
+        """
+        self._haste = _HASTE if is_new else max(_LEAST_HASTE, _CALM * self._haste)
         if self._num_plans <= _FIRST_PLANS:
             # Code is loaded and the machine finds its pace: the least of them says what it takes.
             self._plan_s = min(plan_s, self._plan_s or plan_s)
@@ -87,22 +100,21 @@ class Pace:
     def hold(self, num_steps: int) -> None:
         """Have the next plan made after so many steps, this one counted, if it would come later.
 
-        Where nearly every step is planned, one says as much as several.
+        Plans after it are as rare as before.
         """
-        if self._period > num_steps:
-            self._period = num_steps
-            self._steps_left = num_steps - 1
+        self._steps_left = min(self._steps_left, num_steps - 1)
 
     def hurry(self) -> None:
         """Have the next step planned."""
         self._steps_left = 0
 
     def sooner(self) -> None:
-        """Halve the steps until the next plan, at most to `_HASTE` times what its price allows.
+        """Halve the steps until the next plan, down to a part of what its price asks for.
 
-        For a change of which the first step tells nothing, such as another text.
+        For a change of which the first step tells nothing, such as another text. Where such
+        changes bring no other plan, the part is a larger one.
         """
-        least = int(self._price / _HASTE) - self._num_past
+        least = int(min(self._price, _MOST_STEPS) / self._haste) - self._num_past
         self._steps_left = min(self._steps_left, max(self._steps_left // 2, least))
 
 
@@ -163,11 +175,12 @@ class Probes:
         self._patience = dict.fromkeys(labels, 1.0)  # idle steps before the next trial
         self._price_s = dict.fromkeys(labels, 0.0)
         self._credit_s: float | None = None
+        self._most_debt_s = 0.0
 
     def earn(self, seconds: float) -> None:
         """Add the share of a step's time that may be spent."""
         if self._credit_s is None:
-            self._credit_s = _FIRST_CREDIT * seconds
+            self._credit_s, self._most_debt_s = _FIRST_CREDIT * seconds, _MOST_DEBT * seconds
         self._credit_s = min(_MOST_CREDIT_S, self._credit_s + PROBING_SHARE * seconds)
 
     def pick(self, in_use: Collection[str], able: Collection[str]) -> str | None:
@@ -203,7 +216,7 @@ class Probes:
         """Subtract what a trial took, of a drafter if it was one."""
         if label is not None:
             self._price_s[label] = seconds
-        self._credit_s = (self._credit_s or 0.0) - seconds
+        self._credit_s = max(-self._most_debt_s, (self._credit_s or 0.0) - seconds)
 
 
 __all__ = ["PLANNING_S", "PLANNING_SHARE", "PROBING_SHARE", "Pace", "Probes", "Trials"]

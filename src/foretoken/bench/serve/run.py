@@ -76,7 +76,7 @@ def run_serve(
         ConfigError: The record there is of other settings, or a setting is not allowed.
         ForetokenError: A server did not start, or answered nothing.
     """
-    found = begun_record(WHAT, settings.as_json(), None if begins_anew else folder)
+    found = begun_record(WHAT, settings.as_json(), None if begins_anew else folder, number=FORMAT)
     record = found or new_record(
         WHAT,
         number=FORMAT,

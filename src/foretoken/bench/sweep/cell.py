@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+import statistics
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -12,14 +13,28 @@ from typing import Any
 import numpy as np
 
 from foretoken.bench.record import counts
-from foretoken.bench.runner import System, rotated
+from foretoken.bench.runner import System
 from foretoken.bench.statistics import ratio_interval, rounded, spread
-from foretoken.bench.sweep.settings import AUTO, PLAIN, CellKey, SweepSettings
+from foretoken.bench.sweep.schedule import Schedule, orders
+from foretoken.bench.sweep.settings import AUTO, PLAIN, PLAIN_AGAIN, CellKey, SweepSettings
 from foretoken.bench.sweep.work import SweepWork
 from foretoken.bench.systems import Task, Turn
 
 PLAIN_BOUND = 0.98  # what `auto` has to reach of plain decoding's speed
 BEST_BOUND = 0.95  # and of the best fixed method's
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """A part of a round.
+
+    Args:
+        tasks: What every system did.
+        turns: How it did, by the system's name; all its turns of the slice as one.
+    """
+
+    tasks: Sequence[Task]
+    turns: dict[str, Turn]
 
 
 @dataclass(slots=True)
@@ -28,36 +43,42 @@ class Rounds:
 
     Args:
         names: Of the systems.
-        tasks: Those of each round.
-        turns: For each round, the turn of each system by name.
+        rounds: Each is some slices.
     """
 
     names: Sequence[str]
-    tasks: list[list[Task]] = field(default_factory=list)
-    turns: list[dict[str, Turn]] = field(default_factory=list)
+    rounds: list[list[Slice]] = field(default_factory=list)
+
+    @property
+    def slices(self) -> list[Slice]:
+        """Those of all rounds."""
+        return [part for parts in self.rounds for part in parts]
 
     def seconds(self, name: str) -> list[float]:
-        """Return how long a system took for each round."""
-        return [sum(turns[name].unit_s) for turns in self.turns]
+        """Return how long a system took for each slice."""
+        return [sum(part.turns[name].unit_s) for part in self.slices]
+
+    def cpu_seconds(self, name: str) -> list[float]:
+        """Return what a system took of the processor for each slice; empty if nobody counted."""
+        counted = [part.turns[name].cpu_s for part in self.slices]
+        return [seconds for seconds in counted if seconds is not None]
 
     def ratio(self, name: str, base: str) -> dict[str, Any]:
-        """Return how many times as fast as another a system is: the median of rounds, and all."""
-        ours, theirs = np.array(self.seconds(name)), np.array(self.seconds(base))
-        # A round has prompts of its own, so it is rounds that are drawn, not prompts in them.
-        interval = ratio_interval(ours[:, None], theirs[:, None])
-        ratios = (theirs / ours).tolist()
-        return {
-            **spread(ratios),
-            "interval_95": list(interval),
-            "against": base,
-            "rounds": [rounded(value) for value in ratios],
-        }
+        """Return how many times as fast as another a system is: the median of slices, and all."""
+        ratio = _ratio(self.seconds(name), self.seconds(base))
+        cpu_seconds = self.cpu_seconds(name)
+        by_cpu = {"cpu": _ratio(cpu_seconds, self.cpu_seconds(base))} if cpu_seconds else {}
+        return {**ratio, "against": base, **by_cpu}
+
+    @property
+    def fixed(self) -> list[str]:
+        """The methods that stay what they are."""
+        return [name for name in self.names if name not in (PLAIN, PLAIN_AGAIN, AUTO)]
 
     @property
     def best_fixed(self) -> str:
         """The method that does best for all rounds, of those that stay what they are."""
-        fixed = [name for name in self.names if name not in (AUTO, PLAIN)]
-        return max((PLAIN, *fixed), key=self.median_speed_up)
+        return max((PLAIN, *self.fixed), key=self.median_speed_up)
 
     def median_speed_up(self, name: str) -> float:
         """Return the median ratio to plain decoding."""
@@ -86,35 +107,73 @@ def measure(
 
     Args:
         key: The cell.
-        systems: All of them, plain decoding first.
+        systems: All of them, plain decoding among them.
         work: Makes the tasks.
         settings: Of the sweep.
         say: Is told what comes now: where in the sweep, and whose turn it is.
     """
     rounds = Rounds([system.name for system in systems])
-    # A whole round that does not count: caches fill, code is compiled, estimates settle.
-    _turns(systems, work.tasks(key, settings.max_rounds), key, partial(say, f"{key}, warm-up"))
-    while len(rounds.turns) < settings.max_rounds:
-        number = len(rounds.turns)
+    laps = orders(systems, settings.seed)
+
+    def run(number: int, schedule: Schedule, where: str) -> list[Slice]:
+        tasks = work.tasks(key, number, schedule.num_prompts)
+        return _round(laps, tasks, schedule, partial(say, f"{key}, {where}"))
+
+    # Rounds that do not count: caches fill, code is compiled, estimates settle. The first tells
+    # how long the others have to be, which is the same for all systems and for the whole cell.
+    least = Schedule.least(key.batch_size, settings.num_prompts)
+    first = run(settings.max_rounds, least, "warm-up")
+    schedule = least.fitted(_batch_s(first), settings.least_seconds)
+    if schedule.num_prompts > least.num_prompts:
+        run(settings.max_rounds + 1, schedule, "warm-up")
+    for number in range(settings.max_rounds):
         if number >= settings.rounds and rounds.is_known(settings.width):
             break
-        where = f"{key}, round {number + 1} of {settings.rounds} to {settings.max_rounds}"
-        tasks = work.tasks(key, number)
-        rounds.turns.append(_turns(rotated(systems, number), tasks, key, partial(say, where)))
-        rounds.tasks.append(tasks)
+        where = f"round {number + 1} of {settings.rounds} to {settings.max_rounds}"
+        rounds.rounds.append(run(number, schedule, where))
     return rounds
 
 
-def _turns(
-    order: Sequence[System], tasks: Sequence[Task], key: CellKey, say: Callable[[str], None]
-) -> dict[str, Turn]:
-    turns = {}
-    for system in order:
-        say(system.name)
-        turns[system.name] = system.host.run(
-            tasks, batch_size=key.batch_size, speculative=system.speculative
-        )
-    return turns
+def _round(
+    laps: Iterator[Sequence[System]],
+    tasks: Sequence[Task],
+    schedule: Schedule,
+    say: Callable[[str], None],
+) -> list[Slice]:
+    """Let every system do all tasks."""
+    slices = []
+    for part in schedule.slices(tasks):
+        turns: dict[str, list[Turn]] = {}
+        for lap in schedule.laps(part):
+            for system in next(laps):
+                say(system.name)
+                turn = system.host.run(
+                    lap, batch_size=schedule.batch_size, speculative=system.speculative
+                )
+                turns.setdefault(system.name, []).append(turn)
+        slices.append(Slice(part, {name: _joined(parts) for name, parts in turns.items()}))
+    return slices
+
+
+def _joined(turns: Sequence[Turn]) -> Turn:
+    """Return turns that a system had one after another as one."""
+    cpu_s = [turn.cpu_s for turn in turns if turn.cpu_s is not None]
+    return Turn(
+        outputs=[output for turn in turns for output in turn.outputs],
+        unit_s=[seconds for turn in turns for seconds in turn.unit_s],
+        cpu_s=sum(cpu_s) if len(cpu_s) == len(turns) else None,
+    )
+
+
+def _batch_s(slices: Sequence[Slice]) -> float:
+    """Return how long plain decoding takes for a batch, as a rule and not at the very first."""
+    return statistics.median_low(
+        seconds
+        for part in slices
+        for name in (PLAIN, PLAIN_AGAIN)
+        if name in part.turns
+        for seconds in part.turns[name].unit_s
+    )
 
 
 def as_entry(key: CellKey, rounds: Rounds) -> dict[str, Any]:
@@ -125,21 +184,27 @@ def as_entry(key: CellKey, rounds: Rounds) -> dict[str, Any]:
         "batch_size": key.batch_size,
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
         "load_average": [round(load, 2) for load in os.getloadavg()],
-        "num_rounds": len(rounds.turns),
-        "num_tokens_per_round": _num_tokens(rounds.turns[0][PLAIN]),
+        "num_rounds": len(rounds.rounds),
+        "num_slices": len(rounds.slices),
+        "num_prompts_per_round": sum(len(part.tasks) for part in rounds.rounds[0]),
+        "num_tokens_per_round": sum(_num_tokens(it.turns[PLAIN]) for it in rounds.rounds[0]),
         "best_fixed": rounds.best_fixed,
-        "systems": {name: _system(name, rounds) for name in rounds.names},
+        "systems": {name: _system(name, rounds) for name in rounds.names if name != PLAIN_AGAIN},
     }
+    has_second = PLAIN_AGAIN in rounds.names
+    if has_second:
+        entry["plain_again"] = rounds.ratio(PLAIN_AGAIN, PLAIN)
     if AUTO in rounds.names:
+        bias = abs(entry["plain_again"]["median"] - 1) if has_second else 0.0
         entry["goals"] = {
-            "plain": _goal(rounds.ratio(AUTO, PLAIN), PLAIN_BOUND),
-            "best_fixed": _goal(rounds.ratio(AUTO, rounds.best_fixed), BEST_BOUND),
+            "plain": _goal(rounds.ratio(AUTO, PLAIN), PLAIN_BOUND, bias),
+            "best_fixed": _goal(rounds.ratio(AUTO, rounds.best_fixed), BEST_BOUND, bias),
         }
     return entry
 
 
 def _system(name: str, rounds: Rounds) -> dict[str, Any]:
-    turns = [by_name[name] for by_name in rounds.turns]
+    turns = [part.turns[name] for part in rounds.slices]
     seconds = rounds.seconds(name)
     rates = [_num_tokens(turn) / time_s for turn, time_s in zip(turns, seconds, strict=True)]
     entry: dict[str, Any] = {"tokens_per_s": spread(rates)}
@@ -148,42 +213,64 @@ def _system(name: str, rounds: Rounds) -> dict[str, Any]:
         entry["differences"] = _differences(name, rounds)
     entry |= counts([output for turn in turns for output in turn.outputs])
     entry["seconds"] = [rounded(value) for value in seconds]
+    if cpu_seconds := rounds.cpu_seconds(name):
+        entry["cpu_seconds"] = [rounded(value) for value in cpu_seconds]
     return entry
 
 
-def _goal(ratio: dict[str, Any], bound: float) -> dict[str, Any]:
+def _goal(ratio: dict[str, Any], bound: float, bias: float) -> dict[str, Any]:
+    """Return what became of a goal.
+
+    Args:
+        ratio: That is to reach the bound.
+        bound: Of the goal.
+        bias: By how much two systems differ that do the same.
+    """
     low, high = ratio["interval_95"]
-    return {
+    goal = {
         **ratio,
         "bound": bound,
         "holds": ratio["median"] >= bound,
-        "is_clear": not low < bound <= high,
+        "is_clear": not low * (1 - bias) < bound <= high * (1 + bias),
     }
+    return {**goal, "holds_by_cpu": ratio["cpu"]["median"] >= bound} if "cpu" in ratio else goal
 
 
 def _differences(name: str, rounds: Rounds) -> list[dict[str, Any]]:
     """Return where a method's tokens are not those of plain decoding; there should be none."""
     differences = []
-    for number, (tasks, turns) in enumerate(zip(rounds.tasks, rounds.turns, strict=True)):
-        for task, ours, theirs in zip(
-            tasks, turns[name].outputs, turns[PLAIN].outputs, strict=True
-        ):
-            pairs = zip(ours.token_ids, theirs.token_ids, strict=True)
-            token = next((place for place, (one, other) in enumerate(pairs) if one != other), None)
-            if token is not None:
-                differences.append(
-                    {
-                        "round": number,
-                        "place": f"the prompt of seed {task.seed}",
-                        "text": list(task.prompt_ids),
-                        "token": token,
-                    }
-                )
+    for number, slices in enumerate(rounds.rounds):
+        for part in slices:
+            ours, theirs = part.turns[name].outputs, part.turns[PLAIN].outputs
+            for task, one, other in zip(part.tasks, ours, theirs, strict=True):
+                token = _first_difference(one.token_ids, other.token_ids)
+                if token is not None:
+                    differences.append(
+                        {
+                            "round": number,
+                            "place": f"the prompt of seed {task.seed}",
+                            "text": list(task.prompt_ids),
+                            "token": token,
+                        }
+                    )
     return differences
+
+
+def _first_difference(token_ids: Sequence[int], others: Sequence[int]) -> int | None:
+    pairs = enumerate(zip(token_ids, others, strict=True))
+    return next((place for place, (one, other) in pairs if one != other), None)
 
 
 def _num_tokens(turn: Turn) -> int:
     return sum(len(output.token_ids) for output in turn.outputs)
+
+
+def _ratio(seconds: Sequence[float], base_seconds: Sequence[float]) -> dict[str, Any]:
+    """Return how many times as fast as a base something is, slices of both paired."""
+    ours, theirs = np.array(seconds), np.array(base_seconds)
+    # A slice has prompts of its own, so it is slices that are drawn, not prompts in them.
+    interval = ratio_interval(ours[:, None], theirs[:, None])
+    return {**spread((theirs / ours).tolist()), "interval_95": list(interval)}
 
 
 def _width(ratio: dict[str, Any]) -> float:
@@ -191,4 +278,4 @@ def _width(ratio: dict[str, Any]) -> float:
     return float((high - low) / ratio["median"])
 
 
-__all__ = ["BEST_BOUND", "PLAIN_BOUND", "Rounds", "as_entry", "measure"]
+__all__ = ["BEST_BOUND", "PLAIN_BOUND", "Rounds", "Slice", "as_entry", "measure"]

@@ -11,7 +11,7 @@ import numpy as np
 
 from foretoken.bench.plots import DPI, FAINT, INK
 from foretoken.bench.sweep.settings import PLAIN
-from foretoken.bench.sweep.summary import Entry, by_text, heading, speed_up
+from foretoken.bench.sweep.summary import Entry, by_text, heading, resolution, speed_up
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -76,8 +76,11 @@ def _draw(axis: Axes, cells: Sequence[Entry], names: Sequence[str]) -> None:
 
 def _subtitle(record: Entry) -> str:
     settings, machine = record["settings"], record["environment"]
+    errors = resolution(record)
+    again = f"Two plain engines differ by up to {100 * errors[0]:.1f} %. " if errors else ""
     return (
-        f"Medians of paired rounds; bold: the best fixed method, where it beats plain decoding. "
+        f"Medians of paired slices; bold: the best fixed method, where it beats plain decoding. "
+        f"{again}"
         f"{settings['model']}, {record['target']['dtype']}, {settings['max_new_tokens']} tokens "
         f"per prompt; {machine['processor']}, threads: {machine['threads']}; {record['at'][:10]}"
     )

@@ -16,6 +16,7 @@ from foretoken.bench.sweep.summary import (
     goals,
     heading,
     is_close,
+    resolution,
     speed_up,
     wins,
 )
@@ -64,6 +65,12 @@ def _ratios(cells: Sequence[Entry]) -> Table:
     if "goals" in cells[0]:
         ratios = [cell["goals"]["best_fixed"] for cell in cells]
         table.add_row("auto / best fixed", *map(shown_speed_up, ratios), style="dim")
+        if "cpu" in ratios[0]:
+            by_cpu = [cell["goals"]["plain"]["cpu"] for cell in cells]
+            table.add_row("auto, processor time", *map(shown_speed_up, by_cpu), style="dim")
+    if "plain_again" in cells[0]:
+        ratios = [cell["plain_again"] for cell in cells]
+        table.add_row("plain, second engine", *map(shown_speed_up, ratios), style="dim")
     return table
 
 
@@ -85,14 +92,21 @@ def _conclusions(record: Entry) -> Iterator[Text]:
     shares = ", ".join(f"{name} in {count}" for name, count in counts.items())
     everywhere = f" of {len(record['cells'])} cells" + ("" if len(counts) > 1 else ": everywhere")
     yield Text(f"best fixed method: {shares}{everywhere}")
+    if errors := resolution(record):
+        yield Text(
+            f"two engines that both decode plainly differ by up to {100 * errors[0]:.1f} %, by up "
+            f"to {100 * errors[1]:.1f} % within the intervals: less than that says nothing"
+        )
     for goal, outcomes in goals(record):
         failed = [it for it in outcomes if not it["holds"]]
         mark = Text("no   ", style="red") if failed else Text("yes  ", style="green")
         unclear = sum(not it["is_clear"] for it in outcomes)
         least = min(it["median"] for it in outcomes)
+        disputed = sum(it.get("holds_by_cpu", it["holds"]) != it["holds"] for it in outcomes)
+        by_cpu = f"; processor time says otherwise in {disputed}" if disputed else ""
         yield mark.append(
-            f"{goal}: {len(outcomes) - len(failed)} of {len(outcomes)} cells, "
-            f"{unclear} of them within the noise; least {least:.2f}",
+            f"{goal}: {len(outcomes) - len(failed)} of {len(outcomes)} cells; {unclear} "
+            f"within the noise; least {least:.3f}{by_cpu}",
             style="default",
         )
 

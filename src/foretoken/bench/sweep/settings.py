@@ -11,7 +11,10 @@ from foretoken.bench.settings import RoundSettings
 from foretoken.errors import ConfigError
 
 PLAIN = "plain"
+PLAIN_AGAIN = "plain again"  # does what plain does, in an engine of its own
 AUTO = "auto"  # all drafters loaded, the engine chooses
+
+MOST_LEAST_SECONDS = 600.0  # no prompt comes twice, and seeds are dealt out beforehand
 
 
 class Kind(StrEnum):
@@ -41,7 +44,8 @@ class SweepSettings(RoundSettings):
     Args:
         weights: What changes when the weights of the models do: their fingerprints.
         workloads: Kinds of text.
-        num_prompts: Least prompts per round; a batch that is larger is one round.
+        num_prompts: Least prompts per round; there are only whole batches.
+        least_seconds: Of plain decoding per round; as many prompts are added as that takes.
         max_rounds: Most rounds of a cell, if intervals stay wide.
         width: Widest interval that needs no more rounds, as a part of its median.
     """
@@ -49,6 +53,7 @@ class SweepSettings(RoundSettings):
     weights: tuple[str, ...]
     workloads: tuple[Kind, ...]
     num_prompts: int
+    least_seconds: float
     max_rounds: int
     width: float
 
@@ -64,6 +69,11 @@ class SweepSettings(RoundSettings):
             raise ConfigError(
                 f"max_rounds is at least rounds, {self.rounds}; got {self.max_rounds}",
                 hint="raise --max-rounds or lower --rounds",
+            )
+        if not 0 <= self.least_seconds <= MOST_LEAST_SECONDS:
+            raise ConfigError(
+                f"least_seconds is in [0, {MOST_LEAST_SECONDS:g}]; got {self.least_seconds}",
+                hint="change --least-seconds",
             )
         if not self.width > 0:
             raise ConfigError(
@@ -91,6 +101,7 @@ class SweepSettings(RoundSettings):
             "temperatures": list(self.temperatures),
             "batch_sizes": list(self.batch_sizes),
             "num_prompts": self.num_prompts,
+            "least_seconds": self.least_seconds,
             "max_new_tokens": self.max_new_tokens,
             "rounds": self.rounds,
             "max_rounds": self.max_rounds,
@@ -99,8 +110,7 @@ class SweepSettings(RoundSettings):
             "dtype": self.dtype,
             "device": self.device,
             "threads": self.threads,
-            "in_process": self.in_process,
         }
 
 
-__all__ = ["AUTO", "PLAIN", "CellKey", "Kind", "SweepSettings"]
+__all__ = ["AUTO", "PLAIN", "PLAIN_AGAIN", "CellKey", "Kind", "SweepSettings"]

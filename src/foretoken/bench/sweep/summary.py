@@ -47,6 +47,21 @@ def speed_up(cell: Entry, name: str) -> float:
     return float(entry["speed_up"]["median"]) if "speed_up" in entry else 1.0
 
 
+def resolution(record: Entry) -> tuple[float, float] | None:
+    """Return by how much two engines that both decode plainly seem to differ, at worst.
+
+    Returns:
+        The largest distance from 1 of any cell's median, and that of any cell's interval; None
+        if it was not measured.
+    """
+    ratios = [cell["plain_again"] for cell in record["cells"] if "plain_again" in cell]
+    if not ratios:
+        return None
+    medians = [abs(ratio["median"] - 1) for ratio in ratios]
+    ends = [abs(end - 1) for ratio in ratios for end in ratio["interval_95"]]
+    return max(medians), max(ends)
+
+
 def goals(record: Entry) -> list[tuple[str, Sequence[Entry]]]:
     """Return each goal of `auto` with its outcome in every cell; empty if none was measured."""
     cells = [cell["goals"] for cell in record["cells"] if "goals" in cell]
@@ -61,4 +76,4 @@ def goals(record: Entry) -> list[tuple[str, Sequence[Entry]]]:
     ]
 
 
-__all__ = ["by_text", "goals", "heading", "is_close", "speed_up", "wins"]
+__all__ = ["by_text", "goals", "heading", "is_close", "resolution", "speed_up", "wins"]

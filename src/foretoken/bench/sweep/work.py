@@ -26,6 +26,7 @@ TEXT_PER_OUTPUT = 1.5  # tokens written per token wanted: those of another token
 MAX_TEXT_TOKENS = 448  # what an opening leaves of the embedded target's context
 WORDS_PER_EDIT = 12
 WRITER_BATCH = 16
+SEEDS_PER_ROUND = 16_777_199  # far more than a round has prompts; prime, so openings differ
 
 _Pair: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]  # prompt, script
 
@@ -66,17 +67,18 @@ class SweepWork:
                 hint=f"use --workload {Kind.RANDOM}",
             )
 
-    def tasks(self, key: CellKey, round_number: int) -> list[Task]:
+    def tasks(self, key: CellKey, round_number: int, num_prompts: int) -> list[Task]:
         """Return one round's tasks; every cell and round has others.
 
         Args:
             key: One of the settings' cells.
-            round_number: From 0 to the most rounds of a cell; that one is for warming up.
+            round_number: From 0 to one above the most rounds of a cell: the last two warm up.
+            num_prompts: Fewer than `SEEDS_PER_ROUND`; fewer ones are the first of more.
         """
         settings = self._settings
-        place = settings.cells.index(key) * (settings.max_rounds + 1) + round_number
-        first = settings.seed + place * max(settings.num_prompts, *settings.batch_sizes)
-        seeds = range(first, first + max(settings.num_prompts, key.batch_size))
+        place = settings.cells.index(key) * (settings.max_rounds + 2) + round_number
+        first = settings.seed + place * SEEDS_PER_ROUND
+        seeds = range(first, first + num_prompts)
         pairs = self._makers[key.workload](seeds)
         return [
             Task(

@@ -17,6 +17,7 @@ from foretoken.models.heads.eagle_kernels import NUM_COUNTERS, HeadWeights, run_
 from foretoken.models.kernels import pack, packed_shape, padded
 from foretoken.models.pools import as_array
 from foretoken.models.products import PANEL
+from foretoken.models.state_rows import as_rows
 from foretoken.models.threads import entry_point, run_together
 
 _EMPTY = np.empty(0, np.float32)
@@ -63,7 +64,7 @@ class CompiledHead:
             self._weights,
             self._adds_normed,
             batch.packed,
-            states.contiguous().numpy(),
+            as_rows(states),
             np.array(rows, np.int64),
             keys,
             values,

@@ -179,3 +179,29 @@ def run_head(
     )  # fmt: skip
     arrivals += num_threads
     threads.meet(state, arrivals)
+
+
+@jit
+def fuse_rows(states, norm, epsilon, weight, bias, num_panels, out, state, num_threads):
+    """Multiply rows of joined states of the target; every thread calls this once, likewise.
+
+    Args:
+        states: [R, in] float32.
+        norm: Of an RMS norm before the product, [in]; empty for none.
+        epsilon: Of that norm.
+        weight: Packed panels of [out, in], flat.
+        bias: [padded out]; empty for none.
+        num_panels: Of the matrix.
+        out: Flat [R, padded out].
+        state: Zeros that all threads share: the barrier, where nobody waits, and a counter.
+        num_threads: Threads that make this call.
+    """
+    num_rows, width = states.shape
+    stride, flat = kernels.round_up(width, PANEL), states.reshape(-1)
+    # Each thread has its own, so that nobody waits; of the type of the matrix, padding zero.
+    read = np.zeros(num_rows * stride, weight.dtype)
+    for row in range(num_rows):
+        _norm_or_copy(flat, row * width, width, norm, epsilon, read, row * stride)
+    _product(
+        read, stride, num_rows, weight, num_panels, kernels.round_up(width, 2), bias, out, state, 1
+    )

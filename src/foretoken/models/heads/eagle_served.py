@@ -18,10 +18,11 @@ from foretoken.models.decoder_loading import DTYPES as COMPILED_DTYPES
 from foretoken.models.files import SMALL_ON_CPU
 from foretoken.models.heads.eagle import EagleModule
 from foretoken.models.heads.eagle_compiled import CompiledHead
+from foretoken.models.heads.fusion import serve_fusion
 from foretoken.models.heads.state_reader import StateReader
 from foretoken.models.loading import DTYPES
-from foretoken.models.packed import pack_matrix
 from foretoken.models.pools import LayerShape
+from foretoken.models.state_rows import join_columns
 
 
 class HeadPass(Protocol):
@@ -87,9 +88,8 @@ class ServedEagle(StateReader):
     @torch.inference_mode()
     def fuse(self, hidden: Mapping[int, Tensor]) -> Tensor:
         """Return what rows read of the target's states, as `EagleModule.fuse` does."""
-        states = torch.cat([hidden[layer] for layer in self.target_layers], dim=-1)
-        states = states.to(self.info.device, self.info.dtype)
-        return self._fuse(states).to(self._state_dtype)
+        states = self._fuse(join_columns([hidden[layer] for layer in self.target_layers]))
+        return states.to(self.info.device, self._state_dtype)
 
     @torch.inference_mode()
     def score(
@@ -160,13 +160,15 @@ def _fusion(
     """Return what makes of the target's joined states those that rows read."""
     if not module.design.is_eagle3:
         return lambda states: states
-    weight = module.fc.weight.detach().to(device, dtype)
-    bias = None if module.fc.bias is None else module.fc.bias.detach().to(device, dtype)
-    product = pack_matrix(weight, bias) or (lambda x: functional.linear(x, weight, bias))
-    if not module.design.has_fc_norm:
-        return product
-    norm, epsilon = module.fc_norm.weight.detach().to(device, dtype), module.design.sizes.epsilon
-    return lambda states: product(functional.rms_norm(states, norm.shape, norm, epsilon))
+    weight, bias, norm = module.fc.weight, module.fc.bias, None
+    if module.design.has_fc_norm:
+        norm = module.fc_norm.weight.detach()
+    return serve_fusion(
+        weight.detach().to(device, dtype),
+        None if bias is None else bias.detach(),
+        norm,
+        module.design.sizes.epsilon,
+    )
 
 
 def _dtype(wanted: str, num_parameters: int, target: ModelInfo) -> torch.dtype:

@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from foretoken.models.adapter import LanguageModel
 from foretoken.models.batch import Segment
 from foretoken.models.cache import KVCache
-from foretoken.models.packed import pack_matrix
+from foretoken.models.heads.fusion import serve_fusion
 from foretoken.models.partial import LayerSet
+from foretoken.models.state_rows import join_columns
 
 NO_TOKEN = 0  # of rows that read states; any would do
 
@@ -34,9 +34,7 @@ class ServedGraft:
     def __init__(self, model: LanguageModel, fc: Tensor, target_layers: Sequence[int]) -> None:
         self.model = model
         self.target_layers = tuple(target_layers)
-        device, dtype = model.info.device, model.info.dtype
-        weight = fc.to(device, dtype)
-        self._fc = pack_matrix(weight, None) or (lambda x: functional.linear(x, weight))
+        self._fuse = serve_fusion(fc.to(model.info.device, model.info.dtype), None)
         self._attentions = [
             model.forward_pass.with_layers(LayerSet((layer,), ()), own_cache=False)
             for layer in range(model.info.num_layers)
@@ -57,8 +55,8 @@ class ServedGraft:
             CapacityError: The cache has no room.
         """
         info = self.model.info
-        states = torch.cat([hidden[layer] for layer in self.target_layers], dim=-1)
-        read = self._fc(states.to(info.device, info.dtype)).chunk(info.num_layers, dim=-1)
+        fused = self._fuse(join_columns([hidden[layer] for layer in self.target_layers]))
+        read = fused.to(info.dtype).chunk(info.num_layers, dim=-1)
         with cache.speculate([segment.sequence for segment in segments]):
             batch = self.model.batch(cache, segments)
             for attention, it in zip(self._attentions, read, strict=True):

@@ -16,6 +16,7 @@ from foretoken.models.heads.linear import MixingBlock, ResidualBlock, SharedLine
 from foretoken.models.kernels import pack, packed_shape, padded
 from foretoken.models.pools import as_array
 from foretoken.models.products import PANEL
+from foretoken.models.state_rows import as_rows
 from foretoken.models.threads import entry_point, run_together
 
 
@@ -112,7 +113,7 @@ class CompiledHeads:
         arguments = (
             shape,
             self._weights,
-            seen.float().contiguous().numpy(),
+            as_rows(seen),
             first,
             num_heads,
             np.empty(num_products, np.float32),
