@@ -29,6 +29,7 @@ __all__ = [
     "UnknownNameError",
     "UnsupportedModelError",
     "VocabularyMismatchError",
+    "interruption_in",
 ]
 
 
@@ -103,3 +104,18 @@ class CapacityError(ForetokenError):
 
 class DrafterError(ForetokenError):
     """A drafter returned something that its contract forbids."""
+
+
+def interruption_in(error: BaseException) -> BaseException | None:
+    """Return what a signal's handler raised while native code handed arrays to Python, if that.
+
+    The handler (Ctrl-C's, most often) then runs inside numba, and what it raises arrives as the
+    cause of a `SystemError`, which nobody who waits for a `KeyboardInterrupt` would catch.
+
+    Args:
+        error: What was caught.
+    """
+    cause = error
+    while isinstance(cause, SystemError) and cause.__cause__ is not None:
+        cause = cause.__cause__
+    return cause if cause is not error else None

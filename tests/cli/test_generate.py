@@ -485,7 +485,7 @@ def test_ctrl_c(cli, models_on_disk, tmp_path):
         while not is_over.wait(0.05):
             if path.exists() and path.read_text().endswith("\n"):
                 signal.raise_signal(signal.SIGINT)
-                return
+                is_over.wait(30)  # and again, as anybody would, if Python lost it in a callback
 
     watcher = threading.Thread(target=interrupt_after_the_first_result)
     watcher.start()

@@ -119,3 +119,12 @@ def test_an_interrupt_before_the_work_is_silent(cli, monkeypatch):
     monkeypatch.setattr(command, "read_jobs", fail(KeyboardInterrupt()))
     result = cli("generate", "x")
     assert (result.code, result.err) == (130, "")
+
+
+def test_an_interrupt_that_came_as_native_code_returned_is_one_too(cli, monkeypatch):
+    """It used to be reported as an unexpected SystemError."""
+    error = SystemError("returned a result with an exception set")
+    error.__cause__ = KeyboardInterrupt()
+    monkeypatch.setattr(command, "read_jobs", fail(error))
+    result = cli("generate", "x")
+    assert (result.code, result.err) == (130, "")

@@ -25,6 +25,7 @@ from foretoken.cli.tune import EXAMPLES as TUNE_EXAMPLES
 from foretoken.cli.tune import tune
 from foretoken.cli.verify import EXAMPLES as VERIFY_EXAMPLES
 from foretoken.cli.verify import verify
+from foretoken.errors import interruption_in
 
 app = typer.Typer(
     add_completion=False,
@@ -83,6 +84,8 @@ def run(arguments: Sequence[str]) -> int:
     except SystemExit:  # typer's quiet end when the reader of a pipe has seen enough
         return EXIT_FAILURE
     except Exception as error:  # noqa: BLE001 - whatever it is, the user gets two lines
+        if isinstance(interruption_in(error), KeyboardInterrupt):
+            return EXIT_INTERRUPTED
         return report(error, session, command)
     return result if isinstance(result, int) else 0
 

@@ -18,7 +18,7 @@ from foretoken.engine.scheduler import Scheduler
 from foretoken.engine.sizing import default_mixed_chunk
 from foretoken.engine.step import StepParts
 from foretoken.engine.text import Decode
-from foretoken.errors import ConfigError, RequestError, UnknownNameError
+from foretoken.errors import ConfigError, RequestError, UnknownNameError, interruption_in
 from foretoken.models.adapter import LanguageModel
 from foretoken.models.cache import KVCache
 from foretoken.planner.base import FixedPlanner, Planner
@@ -247,9 +247,12 @@ class Engine:
         self._rearrange()
         try:
             emissions = self.loop.step(self.parts) if self.num_unfinished else []
-        except BaseException:
+        except BaseException as error:
             # What a drafter that fails at commit has kept from being reported still stands.
             self._release_all([key for key, kept in self._requests.items() if kept.finish_reason])
+            interruption = interruption_in(error)
+            if interruption is not None:
+                raise interruption from None
             raise
         self._release_all([item.request_id for item in emissions if item.finish_reason])
         return emissions
