@@ -9,7 +9,7 @@ from time import perf_counter
 import numpy as np
 from numpy.typing import NDArray
 
-from foretoken.core.draft import Draft, DraftBudget, source_names
+from foretoken.core.draft import Draft, DraftBudget
 from foretoken.core.verdict import Verdict
 from foretoken.planner.base import Order, Planner, Share, StepTimes
 from foretoken.planner.choices import (
@@ -23,18 +23,19 @@ from foretoken.planner.choices import (
     share_out,
     ways_of,
     who_drafts,
+    with_free,
 )
 from foretoken.planner.cost import CostModel
 from foretoken.planner.drafting import Drafting, learn_costs
 from foretoken.planner.experience import Experience
 from foretoken.planner.gains import Arm, list_arms
-from foretoken.planner.holding import Holding
+from foretoken.planner.holding import Holding, lost_s
 from foretoken.planner.outlook import Formula, Outlook
-from foretoken.planner.pacing import Pace, Probes, Trials
+from foretoken.planner.pacing import Pace, Probes, Trials, trial_steps
+from foretoken.planner.resting import Rest
 
 _BEYOND_EVERY = 8  # planned steps, after as many at first, in which drafts are larger than planned
 _FREE_GAIN = 0.02  # tokens; a drafter whose levels need bring no more works as long for several
-_TRIAL_STEPS = 12  # of a trial; the last two of them tell what the way costs
 _LARGEST_LOSS = 0.4  # of its time that such a step may be expected to waste
 _LEAST_LOSS = 0.01  # of it that it is taken to waste at least
 _PROBE_SIZES = (4, 1, 2)  # nodes of drafts that are only tried, in turn, to tell levels' cost
@@ -84,6 +85,7 @@ class AdaptivePlanner(Planner):
         self._experience = Experience(self._arms, (*labels, *always), max_nodes, first_guess)
         self._drafting = Drafting(cost)
         self._pace, self._probes, self._trials = Pace(), Probes(labels), Trials(len(labels))
+        self._rest = Rest(self._pace, self._probes)
         self._holding = Holding(always)
         # The plan that holds: a way to draft and its size, and what it is for each request.
         self._choice = PLAIN
@@ -105,11 +107,16 @@ class AdaptivePlanner(Planner):
 
     def order(self, shares: Sequence[Share]) -> list[Order]:
         """Return for each request who drafts and within which bounds."""
+        orders = self._rest.orders(len(shares))
+        if orders is not None:
+            return orders
         decoding = [share for share in shares if share.budget is not None]
         self._step, self._is_idle = None, False
         # Where nobody may have a drafter there is nothing to plan.
         has_choice = any(share.drafters for share in decoding)
-        if has_choice and self._pace.begins_plan(len(decoding)):
+        is_plain = self._choice is PLAIN and not self._is_trial
+        is_due = has_choice and self._pace.begins_plan(len(decoding))
+        if is_due and self._rest.needs_plan(decoding, is_plain=is_plain):
             start_s = self._clock()
             wasted = (self._probe,) if self._is_probe_wasted and self._probe is not None else ()
             self._step = PlannedStep(who_drafts(self._choices, wasted))
@@ -123,6 +130,8 @@ class AdaptivePlanner(Planner):
             return self._step.orders
         if self._choice is PLAIN and all(self._always.isdisjoint(it.drafters) for it in decoding):
             self._is_idle = not (self._is_trial or self._pace.is_settled)
+            if self._is_idle and len(decoding) == len(shares):
+                self._rest.begin(shares)
             return [{}] * len(shares)
         return [self._usual_order(share) for share in shares]
 
@@ -264,14 +273,8 @@ class AdaptivePlanner(Planner):
 
     def _within(self, share: Share, draft: Draft) -> Draft:
         """Return a draft within the size that the plan gives it; a merged one may be larger."""
-        if not draft.tree.num_draft_tokens:
-            return draft
-        size = self._choices.get(share.request_id, self._choice)[1]
-        if draft.tree.num_draft_tokens <= size:
-            return draft
-        for source in set(draft.source):  # what is certain and free comes on top
-            if not self._always.isdisjoint(source_names(source)):
-                size += draft.source.count(source)
+        planned = self._choices.get(share.request_id, self._choice)[1]
+        size = with_free(planned, draft, self._always)
         if draft.tree.num_draft_tokens <= size:
             return draft
         return self._experience.cut(share, draft, size, self._least_prob)
@@ -305,7 +308,8 @@ class AdaptivePlanner(Planner):
             self._probes.earn(times.total_s + self._idle_s)
             self._idle_s = 0.0
         if self._is_trial:
-            self._probes.pay(max(_LEAST_LOSS * times.total_s, self._loss_s(verdicts, times)))
+            loss_s = lost_s(verdicts, times, self._rate)
+            self._probes.pay(max(_LEAST_LOSS * times.total_s, loss_s))
         if step is None:
             if not has_prompts:
                 self._learn_held(shares, scored, verdicts, times)
@@ -320,14 +324,9 @@ class AdaptivePlanner(Planner):
         step.own_s += self._clock() - start_s
         self._pace.planned(step.own_s, times.total_s, is_new=self._is_new)
         if self._is_trial:
-            self._pace.hold(_TRIAL_STEPS)
+            self._pace.hold(trial_steps(times.total_s))
         if self._is_probe_wasted:
             self._pace.hurry()
-
-    def _loss_s(self, verdicts: Sequence[Verdict | None], times: StepTimes) -> float:
-        """Return how much longer a step took for its tokens than by the way that is preferred."""
-        num_tokens = sum(len(verdict.token_ids) for verdict in verdicts if verdict)
-        return times.total_s - num_tokens / self._rate / 1000.0
 
     def _learn_held(
         self,
@@ -392,6 +391,7 @@ class AdaptivePlanner(Planner):
         """Forget a request that has ended; what comes next may be another text."""
         self._learn_count(request_id)
         self._trials.begin_text()
+        self._rest.end()
         self._pace.sooner()
         self._experience.forget(request_id)
         self._choices.pop(request_id, None)

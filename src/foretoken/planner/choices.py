@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from foretoken.core.draft import Draft, DraftBudget
+from foretoken.core.draft import Draft, DraftBudget, source_names
 from foretoken.planner.base import Order, Share
 from foretoken.planner.gains import Arm
 
@@ -54,6 +54,20 @@ def who_drafts(choices: Mapping[str, Choice], beside: Sequence[str]) -> set[tupl
     return {
         (label, request_id) for request_id, (arm, _) in choices.items() for label in (*arm, *beside)
     }
+
+
+def with_free(size: int, draft: Draft, free: Collection[str]) -> int:
+    """Return the size that a draft may have: what is certain and free comes on top of a plan's.
+
+    Args:
+        size: Nodes that the plan gives it.
+        draft: What was proposed; one that is no larger has no need of more.
+        free: Drafters whose nodes do not count.
+    """
+    if draft.tree.num_draft_tokens <= size:
+        return size
+    free_sources = [it for it in set(draft.source) if any(n in free for n in source_names(it))]
+    return size + sum(map(draft.source.count, free_sources))
 
 
 def share_out(

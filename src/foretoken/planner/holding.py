@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 
 from foretoken.core.draft import Draft, source_names
 from foretoken.core.verdict import Verdict
-from foretoken.planner.base import Share
+from foretoken.planner.base import Share, StepTimes
 
 _LEAST_STEPS = 6  # before a plan is found wanting
 _WANTING = 0.9  # of plain decoding's tokens per time; under it a plan is
@@ -70,4 +70,16 @@ class Holding:
         return num_steps, num_taken
 
 
-__all__ = ["Holding"]
+def lost_s(verdicts: Sequence[Verdict | None], times: StepTimes, rate: float) -> float:
+    """Return how many seconds longer a step took for its tokens than by another way.
+
+    Args:
+        verdicts: Of the step.
+        times: Of the step.
+        rate: Tokens per millisecond of the other way.
+    """
+    num_tokens = sum(len(verdict.token_ids) for verdict in verdicts if verdict)
+    return times.total_s - num_tokens / rate / 1000.0
+
+
+__all__ = ["Holding", "lost_s"]

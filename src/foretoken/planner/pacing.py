@@ -18,6 +18,9 @@ _UNSETTLED_STEPS = 2  # after a plan and the first step by it
 _LEARNED_EVERY = 16  # steps between plans
 _OTHER_BATCH = 1.5  # times as many requests as a plan was made for, or as few, want a new one
 _TRIAL_EVERY = 3  # plans, of which one is replaced by another way if that is nearly as good
+# A trial: small models' steps take about ten, or some milliseconds, until caches hold what another
+# way of decoding needs. The last two of them tell what the way costs.
+_TRIAL_STEPS, _LEAST_TRIAL_STEPS, _TRIAL_S = 12, 3, 0.02
 _RATE = 0.1  # weight of the newest plan's price
 _OUTLIER = 4.0  # times what is usual; more counts as no more than that
 _FIRST_CREDIT = 4.0  # steps whose time may be spent on probing at once
@@ -60,6 +63,11 @@ class Pace:
         return self._period
 
     @property
+    def is_new(self) -> bool:
+        """Whether plans are still made step by step."""
+        return self._num_plans <= _FIRST_PLANS
+
+    @property
     def is_settled(self) -> bool:
         """Whether this step's time is one to learn from.
 
@@ -72,6 +80,24 @@ class Pace:
         is_usual = 0 <= self._steps_left < self._period - _UNSETTLED_STEPS
         return is_usual and (self._steps_left < 2 or self._steps_left % _LEARNED_EVERY == 0)
 
+    def pass_quiet_steps(self) -> int:
+        """Let the steps pass that follow this one, up to the first that is to be learned from."""
+        if self._price <= _CHEAP:
+            return 0
+        left = self._steps_left
+        num_steps = max(0, left % _LEARNED_EVERY - 1 if left >= _LEARNED_EVERY else left - 2)
+        self.take_back(-num_steps)
+        return num_steps
+
+    def take_back(self, num_steps: int) -> None:
+        """Take back steps that were said to pass and did not."""
+        self._steps_left += num_steps
+        self._num_past -= num_steps
+
+    def go_on(self) -> None:
+        """Let the last plan hold once more as long, since a new one would be the same."""
+        self._steps_left, self._num_past = self._period - 1, 0
+
     def planned(self, plan_s: float, step_s: float, *, is_new: bool = True) -> None:
         """Learn what a plan took.
 
@@ -81,7 +107,7 @@ class Pace:
             is_new: Whether the plan is another one than the last.
         """
         self._haste = _HASTE if is_new else max(_LEAST_HASTE, _CALM * self._haste)
-        if self._num_plans <= _FIRST_PLANS:
+        if self.is_new:
             # Code is loaded and the machine finds its pace: the least of them says what it takes.
             self._plan_s = min(plan_s, self._plan_s or plan_s)
             self._step_s = min(step_s - plan_s, self._step_s or step_s - plan_s)
@@ -116,6 +142,11 @@ class Pace:
         """
         least = int(min(self._price, _MOST_STEPS) / self._haste) - self._num_past
         self._steps_left = min(self._steps_left, max(self._steps_left // 2, least))
+
+
+def trial_steps(step_s: float) -> int:
+    """Return how many steps a trial has, if the first of them took so many seconds."""
+    return max(_LEAST_TRIAL_STEPS, min(_TRIAL_STEPS, int(_TRIAL_S / step_s)))
 
 
 class Trials:
@@ -219,4 +250,12 @@ class Probes:
         self._credit_s = max(-self._most_debt_s, (self._credit_s or 0.0) - seconds)
 
 
-__all__ = ["PLANNING_S", "PLANNING_SHARE", "PROBING_SHARE", "Pace", "Probes", "Trials"]
+__all__ = [
+    "PLANNING_S",
+    "PLANNING_SHARE",
+    "PROBING_SHARE",
+    "Pace",
+    "Probes",
+    "Trials",
+    "trial_steps",
+]

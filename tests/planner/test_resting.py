@@ -1,0 +1,130 @@
+"""Rest: plain decoding goes on without the planner, and it wakes up when something may change."""
+
+import pytest
+
+from foretoken.core.draft import DraftBudget
+from foretoken.planner.pacing import Pace, Probes
+from foretoken.planner.resting import Rest
+from tests.planner.simulation import SimulatedShare
+
+STEP_S, PLAN_S = 0.0005, 0.0004
+
+
+def settled_pace(num_requests=1):
+    """Return a pace that knows what plans and steps take, right after a plan."""
+    pace = Pace()
+    for _ in range(2000):
+        if pace.begins_plan(num_requests):
+            pace.planned(PLAN_S, STEP_S + PLAN_S)
+    while not pace.begins_plan(num_requests):
+        pass
+    pace.planned(PLAN_S, STEP_S + PLAN_S)
+    return pace
+
+
+def shares(count=1, temperature=0.0, drafters=("model", "copy")):
+    budget = DraftBudget(max_nodes=8, max_depth=8)
+    return [
+        SimulatedShare(f"r{index}", drafters, budget, temperature=temperature)
+        for index in range(count)
+    ]
+
+
+def walk(pace, rest, num_steps):
+    """Return for each step whether it is planned, and whether it is one to learn from."""
+    seen = []
+    for _ in range(num_steps):
+        if rest is not None and rest.orders(1) is not None:
+            seen.append((False, False))
+            continue
+        is_planned = pace.begins_plan(1)
+        if is_planned:
+            pace.planned(PLAN_S, STEP_S + PLAN_S)
+        elif rest is not None and not pace.is_settled:
+            rest.begin(shares())
+        seen.append((is_planned, not is_planned and pace.is_settled))
+    return seen
+
+
+def test_a_rest_misses_no_plan_and_no_step_to_learn_from():
+    pace = settled_pace()
+    awake = walk(settled_pace(), None, 500)
+    assert sum(is_planned for is_planned, _ in awake) > 2
+    assert sum(is_settled for _, is_settled in awake) > 10
+    assert walk(pace, Rest(pace, Probes([])), 500) == awake
+
+
+def test_most_plain_steps_are_rests():
+    pace = settled_pace()
+    rest, num_asked = Rest(pace, Probes([])), 0
+    for _ in range(500):
+        if rest.orders(1) is None:
+            num_asked += 1
+            if pace.begins_plan(1):
+                pace.planned(PLAN_S, STEP_S + PLAN_S)
+            elif not pace.is_settled:
+                rest.begin(shares())
+    assert num_asked < 500 / 6
+
+
+@pytest.mark.parametrize("wakes", ["another number", "a request ends"])
+def test_what_is_left_of_a_rest_has_not_passed(wakes):
+    pace, awake = settled_pace(), settled_pace()
+    rest = Rest(pace, Probes([]))
+    for one in (pace, awake):
+        assert not one.begins_plan(1)
+    rest.begin(shares())
+    for _ in range(3):
+        assert rest.orders(1) is not None
+        assert not awake.begins_plan(1)
+    if wakes == "another number":
+        assert rest.orders(2) is None
+    else:
+        rest.end()
+        assert rest.orders(1) is None
+
+    def steps_left(one):
+        return next(step for step in range(1000) if one.begins_plan(1))
+
+    assert steps_left(pace) == steps_left(awake)
+
+
+@pytest.fixture
+def poor():
+    """A rest whose probes owe time, after a first plan for one request."""
+    pace, probes = settled_pace(), Probes(["model", "copy"])
+    probes.earn(STEP_S)
+    probes.pay(10 * STEP_S)
+    rest = Rest(pace, probes)
+    assert rest.needs_plan(shares(), is_plain=True)  # the first of its kind
+    assert not rest.needs_plan(shares(), is_plain=True)
+    return rest, probes
+
+
+@pytest.mark.parametrize(
+    "decoding",
+    [shares(2), shares(temperature=0.7), shares(drafters=("model",))],
+    ids=["more requests", "another temperature", "other drafters"],
+)
+def test_requests_of_another_kind_are_planned(poor, decoding):
+    rest, _ = poor
+    assert rest.needs_plan(decoding, is_plain=True)
+    assert not rest.needs_plan(decoding, is_plain=True)
+
+
+def test_drafts_are_planned_always_and_plain_decoding_where_something_may_be_tried(poor):
+    rest, probes = poor
+    assert rest.needs_plan(shares(), is_plain=False)
+    for _ in range(3000):
+        probes.earn(STEP_S)
+    assert probes.has_credit
+    assert rest.needs_plan(shares(), is_plain=True)
+
+
+def test_a_plan_that_would_be_the_same_holds_as_long_again(poor):
+    rest, _ = poor
+    pace = rest._pace
+    period = pace.period
+    for _ in range(3):
+        assert not rest.needs_plan(shares(), is_plain=True)
+        assert next(step for step in range(1000) if pace.begins_plan(1)) == period - 1
