@@ -19,11 +19,10 @@ from foretoken.models import llvm, simd
 from foretoken.models.products import CACHE_LINE, PANEL, block_product
 
 LANES = llvm.LANES
-# Rows that are multiplied together. Sums of 12 fill 24 registers of 32; with float32 operands the
-# compiler then keeps some in memory, and 12 rows take as long as 20 in blocks of up to 8.
-LARGEST_BLOCK = 12
-LARGEST_SINGLES_BLOCK = 8
-SINGLE_BYTES = 4  # of a float32
+# Rows that are multiplied together. Sums of 12 fill 24 registers of 32, and the compiler keeps some
+# in memory: in bfloat16 blocks of 10 or 11 took longer than two of half as many, and 22 or 32 rows
+# half as long again as in blocks of up to 8; in float32 12 rows took as long as 20.
+LARGEST_BLOCK = 8
 MOST_PANELS = 4  # that one row is multiplied with together
 
 
@@ -122,8 +121,7 @@ def multiply(x, x_stride, num_rows, w, base, panel, stop, following, depth, out,
         _multiply_one(x, w, w_offset, stop - panel, depth, out, panel * PANEL)
         return
     out_offset = panel * PANEL
-    largest = LARGEST_SINGLES_BLOCK if w.itemsize == SINGLE_BYTES else LARGEST_BLOCK
-    num_blocks = (num_rows + largest - 1) // largest
+    num_blocks = (num_rows + LARGEST_BLOCK - 1) // LARGEST_BLOCK
     line = CACHE_LINE // w.itemsize
     row = 0
     for block in range(num_blocks):
@@ -133,15 +131,7 @@ def multiply(x, x_stride, num_rows, w, base, panel, stop, following, depth, out,
         fetch = next_offset + block % 2 * line
         too = fetch + line if num_blocks == 1 else fetch
         count = stop - row  # which has to be a literal
-        if count == 12:
-            block_product(12, 1, x, at, x_stride, w, w_offset, fetch, too, depth, out, to, stride)
-        elif count == 11:
-            block_product(11, 1, x, at, x_stride, w, w_offset, fetch, too, depth, out, to, stride)
-        elif count == 10:
-            block_product(10, 1, x, at, x_stride, w, w_offset, fetch, too, depth, out, to, stride)
-        elif count == 9:
-            block_product(9, 1, x, at, x_stride, w, w_offset, fetch, too, depth, out, to, stride)
-        elif count == 8:
+        if count == 8:
             block_product(8, 1, x, at, x_stride, w, w_offset, fetch, too, depth, out, to, stride)
         elif count == 7:
             block_product(7, 1, x, at, x_stride, w, w_offset, fetch, too, depth, out, to, stride)

@@ -328,11 +328,17 @@ def _fit_context(
     if not rows or not num_more:
         return (1,), (0.0,)
     # Within a round, since the difference is smaller than what the machine drifts between rounds.
-    more = [
-        np.median(ms[:, index_of[Case(count, 1, is_long=True)]] - ms[:, index_of[Case(count)]])
-        for count in rows
-    ]
-    slopes = isotonic(np.maximum(0.0, np.array(more) / num_more))
+    more = np.stack(
+        [
+            ms[:, index_of[Case(count, 1, is_long=True)]] - ms[:, index_of[Case(count)]]
+            for count in rows
+        ],
+        axis=1,
+    )
+    # What most passes do not show is noise, and as each position's share it would be multiplied
+    # by all that many requests see. What is left out, the correction takes up as contexts grow.
+    is_shown = np.quantile(more, 0.25) > 0
+    slopes = isotonic(_quartile(more) / num_more).clip(0.0) if is_shown else np.zeros(len(rows))
     return rows, tuple(np.round(slopes, 9).tolist())
 
 
