@@ -53,6 +53,18 @@ def test_nearly_as_fast_as_the_best_fixed_way_and_never_slower_than_plain(size, 
     assert auto >= 0.92 * fixed
 
 
+@pytest.mark.parametrize("num_steps", [5, 9, 20])
+def test_a_planner_that_owes_time_for_its_first_trials_tries_again(num_steps):
+    """Code that first drafts load takes milliseconds, which are owed before anything is known."""
+    simulated = machine(SMALL, good=0.9)
+    planner = simulated.planner()
+    simulated.run(planner, num_steps=num_steps)
+    planner._probes.pay(1.0)
+    best = simulated.run_fixed(["model"], 4, num_steps=2000)
+    simulated.run(planner, num_steps=4000)
+    assert simulated.run(planner, num_steps=2000) >= 0.9 * best
+
+
 def test_follows_a_drafter_that_becomes_good_and_one_that_becomes_bad():
     simulated = machine(LARGE, good=0.02, copy=SimulatedDrafter(0.0, claimed=-0.2))
     planner = simulated.planner()

@@ -128,3 +128,24 @@ def test_a_plan_that_would_be_the_same_holds_as_long_again(poor):
     for _ in range(3):
         assert not rest.needs_plan(shares(), is_plain=True)
         assert next(step for step in range(1000) if pace.begins_plan(1)) == period - 1
+
+
+def test_plans_that_are_left_out_become_rare_like_those_that_are_made():
+    """Without credit after the first few plans, each step asked for the next plan, and none learned
+    anything: no credit was ever earned again."""
+    pace, probes = Pace(), Probes(["model"])
+    while not pace.is_new or pace.period == 1:
+        if pace.begins_plan(1):
+            pace.planned(PLAN_S, STEP_S + PLAN_S)
+        if not pace.is_new:
+            break
+    probes.earn(STEP_S)
+    probes.pay(10 * STEP_S)
+    rest = Rest(pace, probes)
+    rest.needs_plan(shares(), is_plain=True)
+    num_asked = 0
+    for _ in range(300):
+        if pace.begins_plan(1):
+            num_asked += 1
+            assert not rest.needs_plan(shares(), is_plain=True)
+    assert num_asked < 12

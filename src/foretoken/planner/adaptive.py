@@ -96,7 +96,6 @@ class AdaptivePlanner(Planner):
         self._rate = 0.0  # tokens per millisecond that it promises
         self._least_prob = 0.0  # of a node beyond the plan's size that is worth its row
         self._is_idle = False  # nothing is drafted in this step, and nothing learned from it
-        self._idle_s = 0.0  # such steps, not told yet to those who count time
         self._num_decoding = self._num_plans = self._num_probes = 0
         self._probe: str | None = None
         self._is_probe_wasted = False  # it had to read what it had missed first
@@ -299,14 +298,13 @@ class AdaptivePlanner(Planner):
     ) -> None:
         """Learn what was kept, and what it took."""
         if self._is_idle:
-            self._idle_s += times.total_s
+            self._probes.earn(times.total_s)
             return
         # Where prompts are read, times say little about what comes after them.
         has_prompts = any(share.num_rows > 1 for share in shares)
         step = self._step
         if not has_prompts:
-            self._probes.earn(times.total_s + self._idle_s)
-            self._idle_s = 0.0
+            self._probes.earn(times.total_s)
         if self._is_trial:
             loss_s = lost_s(verdicts, times, self._rate)
             self._probes.pay(max(_LEAST_LOSS * times.total_s, loss_s))

@@ -15,7 +15,7 @@ _HASTE = 4.0  # times as often as their price allows, at most, plans come where 
 _CALM, _LEAST_HASTE = 0.8, 2.0  # ... and less often with each that changes nothing, down to this
 _CHEAP = 2.0  # steps over which a plan is to be spread that can be left out of account
 _UNSETTLED_STEPS = 2  # after a plan and the first step by it
-_LEARNED_EVERY = 16  # steps between plans
+_LEARNED_EVERY = 32  # steps between plans
 _OTHER_BATCH = 1.5  # times as many requests as a plan was made for, or as few, want a new one
 _TRIAL_EVERY = 3  # plans, of which one is replaced by another way if that is nearly as good
 # A trial: small models' steps take about ten, or some milliseconds, until caches hold what another
@@ -95,8 +95,8 @@ class Pace:
         self._num_past -= num_steps
 
     def go_on(self) -> None:
-        """Let the last plan hold once more as long, since a new one would be the same."""
-        self._steps_left, self._num_past = self._period - 1, 0
+        """Let the last plan hold on, since a new one would be the same."""
+        self._lengthen(1 + self._price)
 
     def planned(self, plan_s: float, step_s: float, *, is_new: bool = True) -> None:
         """Learn what a plan took.
@@ -117,10 +117,13 @@ class Pace:
             step_s = min(step_s - plan_s, _OUTLIER * self._step_s)
             self._step_s += _RATE * (step_s - self._step_s)
         allowed_s = min(PLANNING_SHARE * self._step_s, PLANNING_S * self._num_requests)
-        price = self._price = self._plan_s / max(1e-9, allowed_s)
-        # Plans become rarer by and by: the first ones know little.
+        self._price = self._plan_s / max(1e-9, allowed_s)
+        self._lengthen(1 + self._price)
+
+    def _lengthen(self, steps: float) -> None:
+        """Space plans by so many steps; they become rarer by and by, the first ones know little."""
         most = 1 if self._num_plans < _FIRST_PLANS else min(_MOST_STEPS, 2 * self._period)
-        self._period = int(min(most, 1 + price))
+        self._period = int(min(most, steps))
         self._steps_left, self._num_past = self._period - 1, 0
 
     def hold(self, num_steps: int) -> None:
