@@ -12,7 +12,7 @@ from foretoken.core.verdict import FinalKind, Verdict
 from foretoken.planner.gains import Gains
 from foretoken.planner.holding import Holding
 from foretoken.planner.pacing import Trials
-from tests.planner.simulation import FixedSize, SimulatedShare
+from tests.planner.simulation import FixedSize, Machine, SimulatedDrafter, SimulatedShare
 from tests.planner.test_adaptive import LARGE, SMALL, machine
 
 HARD = {"model": 0.05, "copy": 0.02}
@@ -73,6 +73,34 @@ def test_drafts_that_become_bad_are_left_out(name, num_requests):
     assert over_plain > 0.94
 
 
+def test_of_two_drafters_that_copy_the_same_the_cheap_one_is_found():
+    """Both together were taken for better than each: only what was in use was counted.
+
+    Stories that neither can copy, then many texts that both can. One takes four times as long as
+    the other, and was used, beside the other, until the end in three of these seeds.
+    """
+
+    def spent(seed):
+        simulated = Machine(
+            SMALL,
+            {
+                "model": SimulatedDrafter(0.6, level_ms=0.05),
+                "quick": SimulatedDrafter(0.0, request_ms=0.02, claimed=-0.2, max_depth=16),
+                "slow": SimulatedDrafter(0.0, request_ms=0.09, claimed=-0.2, max_depth=16),
+            },
+            seed=seed,
+        )
+        planner = simulated.planner()
+        stories = {"model": 0.6, "quick": 0.02, "slow": 0.15}
+        simulated.run_texts(planner, [stories] * 40, num_tokens=64)
+        copies = {"model": 0.3, "quick": 0.85, "slow": 0.85}
+        simulated.run_texts(planner, [copies] * 80, num_tokens=64)
+        return simulated.ms_of
+
+    spent_ms = [spent(seed) for seed in range(4)]
+    assert sum(ms["slow"] < ms["quick"] for ms in spent_ms) >= 3
+
+
 # -- the parts ---------------------------------------------------------------------------------
 
 
@@ -107,6 +135,17 @@ def test_few_counts_say_little_and_none_is_worth_more_than_a_token():
     assert gains.of([("r0", 0)])[0, 0] == pytest.approx([1.0] * 4)
 
 
+def test_what_each_of_several_drafters_would_have_given_alone_is_counted():
+    """Up to the first token that it did not propose."""
+    tree = TokenTree((7, 1, 1, 1, 2), (-1, 0, 1, 2, 0))
+    draft = replace(Draft.from_drafter("a", tree), source=("", "a+b", "a", "a+b", "c"))
+    holding = Holding(())
+    share = SimulatedShare("r", ("a", "b", "c"), None)
+    for path in ((1, 2, 3), (4,), ()):
+        holding.count([share], [draft], [verdict(path)], 0.001, is_union=True)
+    assert holding.take("r") == (3, 4, {"a": 3, "b": 1, "c": 1})
+
+
 def test_a_new_request_begins_with_what_others_counted():
     gains = gains_of()
     for _ in range(12):
@@ -127,9 +166,9 @@ def test_holding_counts_tokens_of_the_plan_alone():
     draft = replace(Draft.from_drafter("model", tree), source=("", "forced", "model", MERGED))
     holding.count([share], [draft], [verdict([1, 2, 3])], 0.001)
     holding.count([share], [draft], [None], 0.001)
-    assert holding.take("r") == (1, 2)
-    assert holding.take("r") == (0, 0)
-    assert holding.take("unknown") == (0, 0)
+    assert holding.take("r") == (1, 2, {})
+    assert holding.take("r") == (0, 0, {})
+    assert holding.take("unknown") == (0, 0, {})
 
 
 @pytest.mark.parametrize(("tokens_per_step", "is_wanting"), [(1, True), (2, False)])

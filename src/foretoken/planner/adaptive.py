@@ -338,7 +338,8 @@ class AdaptivePlanner(Planner):
             learn_costs(self._cost, shares, scored, times, 0.0)
         if not times.draft_s:
             return
-        self._holding.count(shares, scored, verdicts, times.total_s)
+        is_union = len(self._choice[0]) > 1
+        self._holding.count(shares, scored, verdicts, times.total_s, is_union=is_union)
         if self._holding.is_wanting:
             self._pace.hurry()
         if self._pace.is_settled or self._is_trial:
@@ -350,9 +351,10 @@ class AdaptivePlanner(Planner):
     def _learn_count(self, request_id: str) -> None:
         """Learn what came of the plan that held until now for a request."""
         arm, size = self._choices.get(request_id, PLAIN)
-        num_steps, num_taken = self._holding.take(request_id)
+        num_steps, num_taken, alone = self._holding.take(request_id)
         if size and num_steps:
-            self._experience.learn_count(request_id, arm, size, num_steps, num_taken)
+            counts = {arm: num_taken} | {(it,): alone[it] for it in arm if it in alone}
+            self._experience.learn_counts(request_id, arm, size, num_steps, counts)
 
     def _learn_drafting(
         self,

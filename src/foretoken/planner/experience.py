@@ -208,8 +208,8 @@ class Experience:
             if verdict is not None and order:
                 self.judge(share, order, draft, verdict)
 
-    def learn_count(
-        self, request_id: str, arm: Arm, size: int, num_steps: int, num_taken: int
+    def learn_counts(
+        self, request_id: str, arm: Arm, size: int, num_steps: int, counts: Mapping[Arm, int]
     ) -> None:
         """Learn how many tokens the drafts of some steps gave a request.
 
@@ -218,14 +218,16 @@ class Experience:
             arm: How they were drafted.
             size: Most nodes of each, at least one.
             num_steps: As many drafts.
-            num_taken: Draft tokens that were taken.
+            counts: Draft tokens that were taken; beside those of the arm, of other ones those that
+                they would have given: each of two drafters that copy the same is worth both.
         """
         size = min(size, self._max_nodes)
-        factor = self._gains.learn_count(
-            request_id, self._arms.index(arm), size, num_steps, num_taken
-        )
-        for label in arm:  # guesses that are worth more than they were thought boast less
-            self._boast[label] -= math.log(factor)
+        for other, num_taken in counts.items():
+            index = self._arms.index(other)
+            factor = self._gains.learn_count(request_id, index, size, num_steps, num_taken)
+            if other == arm:
+                for label in arm:  # guesses that are worth more than was thought boast less
+                    self._boast[label] -= math.log(factor)
 
     def _learn_boasts(
         self, sources: Sequence[Sequence[str]], draft: Draft, probs: Sequence[float]

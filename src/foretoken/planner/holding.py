@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Collection, Mapping, Sequence
 
 from foretoken.core.draft import Draft, source_names
 from foretoken.core.verdict import Verdict
@@ -32,6 +32,7 @@ class Holding:
         """
         self._plain_rate = plain_rate
         self._counts: defaultdict[str, list[int]] = defaultdict(lambda: [0, 0])
+        self._alone: defaultdict[str, Counter[str]] = defaultdict(Counter)
         self._num_steps = self._num_tokens = 0
         self._ms = 0.0
 
@@ -41,13 +42,17 @@ class Holding:
         scored: Sequence[Draft],
         verdicts: Sequence[Verdict | None],
         total_s: float,
+        *,
+        is_union: bool = False,
     ) -> None:
-        """Count a step in which somebody drafted."""
+        """Count a step in which somebody drafted; `is_union`: several drafters at once."""
         for share, draft, verdict in zip(shares, scored, verdicts, strict=True):
             if verdict is not None:
                 counts = self._counts[share.request_id]
                 counts[0] += 1
                 counts[1] += self._num_merits(draft, verdict)
+                if is_union:
+                    self._count_alone(share.request_id, draft, verdict)
                 self._num_tokens += len(verdict.token_ids)
         self._num_steps += 1
         self._ms += 1000.0 * total_s
@@ -58,16 +63,32 @@ class Holding:
         names = (source_names(draft.source[node]) for node in verdict.path)
         return sum(not self._always.issuperset(own) for own in names)
 
+    def _count_alone(self, request_id: str, draft: Draft, verdict: Verdict) -> None:
+        """Count for each drafter the tokens that it would have given without the others."""
+        alone, left = self._alone[request_id], None
+        for node in verdict.path:
+            names = source_names(draft.source[node])
+            left = names if left is None else [name for name in left if name in names]
+            if not left:
+                return
+            for name in left:
+                alone[name] += 1
+
     @property
     def is_wanting(self) -> bool:
         """Whether plain decoding would likely have given more, so that a new plan is due."""
         is_known = self._num_steps >= _LEAST_STEPS
         return is_known and self._num_tokens < _WANTING * self._plain_rate * self._ms
 
-    def take(self, request_id: str) -> tuple[int, int]:
-        """Return steps and draft tokens taken of a request, and forget them."""
+    def take(self, request_id: str) -> tuple[int, int, Mapping[str, int]]:
+        """Return what was counted of a request, and forget it.
+
+        Returns:
+            Steps; draft tokens taken; and of these, by the name of each drafter that proposed any,
+            those that it would have given alone.
+        """
         num_steps, num_taken = self._counts.pop(request_id, (0, 0))
-        return num_steps, num_taken
+        return num_steps, num_taken, self._alone.pop(request_id, {})
 
 
 def lost_s(verdicts: Sequence[Verdict | None], times: StepTimes, rate: float) -> float:
