@@ -21,7 +21,7 @@ from foretoken.models.products import CACHE_LINE, PANEL, block_product
 LANES = llvm.LANES
 # Rows that are multiplied together. Sums of 12 fill 24 registers of 32, and the compiler keeps some
 # in memory: in bfloat16 blocks of 10 or 11 took longer than two of half as many, and 22 or 32 rows
-# half as long again as in blocks of up to 8; in float32 12 rows took as long as 20.
+# a third longer than in blocks of up to 8; in float32 12 rows took as long as 20.
 LARGEST_BLOCK = 8
 MOST_PANELS = 4  # that one row is multiplied with together
 
