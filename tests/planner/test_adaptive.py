@@ -2,15 +2,18 @@
 
 import itertools
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
 from foretoken.core.draft import Draft, DraftBudget
 from foretoken.core.tree import TokenTree
+from foretoken.core.verdict import FinalKind, Verdict
 from foretoken.planner.adaptive import AdaptivePlanner
+from foretoken.planner.base import StepTimes
 from foretoken.planner.cost import CostCurve, CostModel
 from foretoken.planner.pacing import PROBING_SHARE
-from tests.planner.simulation import Machine, SimulatedDrafter, SimulatedShare
+from tests.planner.simulation import RIGHT, Machine, SimulatedDrafter, SimulatedShare
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 # Memory decides what a pass costs: rows are nearly free.
@@ -282,3 +285,67 @@ def test_a_curve_that_falls_gives_no_rows_for_less_than_nothing():
     )
     budget = DraftBudget(max_nodes=16, max_depth=16)
     assert planner.order([SimulatedShare("r", ("copy",), budget)]) == [{}]
+
+
+def test_a_prompt_that_is_read_during_a_trial_is_not_paid_for_as_one():
+    """Texts of a dozen steps have one in nearly every trial, and one takes as long as ten steps."""
+    simulated = machine(SMALL, good=0.85)
+    planner = simulated.planner()
+    simulated.run(planner, num_steps=1000)
+    budget = DraftBudget(max_nodes=16, max_depth=16)
+    share = SimulatedShare("r0", ("model", "copy"), budget)
+    while not planner._is_trial:
+        simulated._step(planner, [share])
+    before = planner._probes._credit_s
+    reading = replace(share, request_id="new", budget=None, num_rows=500)
+    planner.order([share, reading])
+    verdict = Verdict((), (RIGHT,), FinalKind.RECOVERED)
+    drafts = planner.choose([share, reading], [Draft.empty(RIGHT)] * 2)
+    planner.observe([share, reading], drafts, [verdict, None], StepTimes({}, 1.0, 1.0))
+    assert planner._is_trial
+    assert planner._probes._credit_s == before
+
+
+def test_batches_of_sizes_that_come_back_are_planned_no_more_often_than_one_of_the_same_size():
+    """Four requests that begin together end one by one: 4, 3, 2, 1, and again."""
+    budget = DraftBudget(max_nodes=16, max_depth=16)
+
+    def num_plans(sizes):
+        simulated = machine(SMALL, good=0.85)
+        planner = simulated.planner()
+        simulated.run(planner, num_requests=4, num_steps=1000)
+        before = planner._num_plans
+        for size in itertools.islice(itertools.cycle(sizes), 4000):
+            shares = [
+                SimulatedShare(f"r{place}", ("model", "copy"), budget) for place in range(size)
+            ]
+            simulated._step(planner, shares)
+        return planner._num_plans - before
+
+    shrinking = [*[4] * 16, *[3] * 8, *[2] * 8, *[1] * 8]
+    assert num_plans(shrinking) < 1.5 * num_plans([4])
+
+
+def test_what_was_planned_for_as_many_requests_goes_on_when_they_come_back():
+    """One request is worth drafting for beside this model, sixteen are not."""
+    simulated = machine(SMALL, good=0.85)
+    planner = simulated.planner()
+    simulated.run(planner, num_steps=1)
+    budget = DraftBudget(max_nodes=16, max_depth=16)
+
+    def shares(count):
+        return [SimulatedShare(f"r{place}", ("model", "copy"), budget) for place in range(count)]
+
+    def size_for(count):
+        while True:
+            simulated._step(planner, shares(count))
+            if not planner._is_trial:
+                return planner._choice[1]
+
+    for count in (1, 16) * 8:
+        for _ in range(100):
+            size_for(count)
+    planned = planner._num_plans
+    sizes = [size_for(count) for count in (1, 16) * 4]
+    assert planner._num_plans - planned <= 2  # eight, as often as it is another batch
+    assert min(sizes[::2]) > max(sizes[1::2])

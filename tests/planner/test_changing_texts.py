@@ -1,17 +1,22 @@
 """Texts that change: what was learned of one kind does not stand in the way of the next."""
 
 import math
+from collections import Counter
 from dataclasses import replace
 from statistics import harmonic_mean
 
+import numpy as np
 import pytest
 
 from foretoken.core.draft import Draft
 from foretoken.core.tree import TokenTree
 from foretoken.core.verdict import FinalKind, Verdict
-from foretoken.planner.gains import Gains
-from foretoken.planner.holding import Holding
-from foretoken.planner.pacing import Trials
+from foretoken.planner.base import StepTimes
+from foretoken.planner.choices import Seen
+from foretoken.planner.experience import Experience
+from foretoken.planner.gains import Gains, list_arms
+from foretoken.planner.holding import Counts, Holding
+from foretoken.planner.trials import Trials
 from tests.planner.simulation import FixedSize, Machine, SimulatedDrafter, SimulatedShare
 from tests.planner.test_adaptive import LARGE, SMALL, machine
 
@@ -113,7 +118,7 @@ def gains_of(*, first=0.5, num_requests=1):
 def test_counts_scale_what_drafts_are_worth():
     gains = gains_of()
     before = gains.of([("r0", 0)])[0]
-    factor = gains.learn_count("r0", 0, 2, num_steps=1000, num_taken=375)
+    factor = gains.learn_count(("r0", 0), 0, 2, num_steps=1000, num_taken=375)
     after = gains.of([("r0", 0)])[0]
     assert after[0, :2].sum() == pytest.approx(0.375, rel=0.02)  # they were 0.5 + 0.25
     assert after[0] == pytest.approx(before[0] * factor)
@@ -123,33 +128,71 @@ def test_counts_scale_what_drafts_are_worth():
 def test_counts_as_expected_change_nothing():
     gains = gains_of()
     before = gains.of([("r0", 0)])
-    assert gains.learn_count("r0", 0, 2, num_steps=4, num_taken=3) == pytest.approx(1.0)
+    assert gains.learn_count(("r0", 0), 0, 2, num_steps=4, num_taken=3) == pytest.approx(1.0)
     assert gains.of([("r0", 0)]) == pytest.approx(before)
 
 
 def test_few_counts_say_little_and_none_is_worth_more_than_a_token():
     gains = gains_of()
-    assert 1.0 < gains.learn_count("r0", 0, 1, num_steps=1, num_taken=1) < 1.2
+    assert 1.0 < gains.learn_count(("r0", 0), 0, 1, num_steps=1, num_taken=1) < 1.2
     for _ in range(100):
-        gains.learn_count("r0", 0, 4, num_steps=64, num_taken=256)
+        gains.learn_count(("r0", 0), 0, 4, num_steps=64, num_taken=256)
     assert gains.of([("r0", 0)])[0, 0] == pytest.approx([1.0] * 4)
 
 
-def test_what_each_of_several_drafters_would_have_given_alone_is_counted():
-    """Up to the first token that it did not propose."""
-    tree = TokenTree((7, 1, 1, 1, 2), (-1, 0, 1, 2, 0))
-    draft = replace(Draft.from_drafter("a", tree), source=("", "a+b", "a", "a+b", "c"))
-    holding = Holding(())
+def seen_step(verdict, scored, proposed=None):
     share = SimulatedShare("r", ("a", "b", "c"), None)
+    return Seen([share], [proposed or scored], [scored], [verdict], StepTimes(total_s=0.001))
+
+
+def test_what_each_of_several_drafters_would_have_given_alone_is_counted():
+    """Up to the first token that it did not propose; what was cut away counts, too."""
+    tree = TokenTree((7, 1, 1, 1, 2), (-1, 0, 1, 2, 0))
+    union = replace(Draft.from_drafter("a", tree), source=("", "a+b", "a", "a+b", "c"))
+    holding = Holding(())
     for path in ((1, 2, 3), (4,), ()):
-        holding.count([share], [draft], [verdict(path)], 0.001, is_union=True)
-    assert holding.take("r") == (3, 4, {"a": 3, "b": 1, "c": 1})
+        tokens = Verdict(path, (*(tree.token_ids[node] for node in path), 9), FinalKind.RECOVERED)
+        holding.count(seen_step(tokens, union), is_union=True)
+    cut = Verdict((1,), (1, 1), FinalKind.BONUS)
+    holding.count(seen_step(cut, union.keep([0, 1, 4]), union), is_union=True)
+    counts = holding.take("r")
+    assert (counts.num_steps, counts.num_taken) == (4, 5)
+    assert counts.alone == {"a": 5, "b": 2, "c": 1}
+
+
+def test_parts_of_a_union_learn_what_they_gave_even_if_it_is_nothing():
+    experience = Experience([("a",), ("b",), ("a", "b")], ("a", "b"), 4, {"a": 0.5, "b": 0.5})
+    share = SimulatedShare("r", ("a", "b"), None)
+    before = experience.gains([share])[0].sum(axis=1)
+    alone = Counter(a=30)
+    experience.learn_counts("r", ("a", "b"), 4, Counts(0.0, ("a", "b"), 10, 30, alone))
+    after = experience.gains([share])[0].sum(axis=1)
+    assert after[0] > before[0]
+    assert after[1] < before[1] / 2
+    experience.learn_counts("r", ("a",), 4, Counts(0.0, ("b",), 10, 0))  # it may not have "a"
+    assert experience.gains([share])[0].sum(axis=1) == pytest.approx(after)
+
+
+def test_a_request_that_was_never_planned_for_teaches_others():
+    gains = gains_of()
+    before = gains.of([("r1", 0)])[0, 0].sum()
+    gains.learn_count(("new", 0), 0, 4, num_steps=20, num_taken=60)
+    assert gains.of([("r2", 0)])[0, 0].sum() > before
+
+
+def test_a_union_is_worth_no_less_than_its_best_part():
+    gains = Gains([("a",), ("b",), ("a", "b")], 4, {"a": 0.5, "b": 0.1})
+    gains.of([("r", 0)])
+    gains.learn_count(("r", 0), 2, 4, num_steps=100, num_taken=0)
+    first, second, union = gains.of([("r", 0)])[0]
+    assert (union == first).all()
+    assert (first > second).all()
 
 
 def test_a_new_request_begins_with_what_others_counted():
     gains = gains_of()
     for _ in range(12):
-        gains.learn_count("r0", 0, 1, num_steps=20, num_taken=0)
+        gains.learn_count(("r0", 0), 0, 1, num_steps=20, num_taken=0)
     assert gains.of([("r1", 0)])[0, 0, 0] < 0.1
 
 
@@ -161,25 +204,22 @@ def test_holding_counts_tokens_of_the_plan_alone():
     """What a grammar forces would have been drafted in any case."""
     holding = Holding(["forced"])
     holding.begin(1.0)
-    share = SimulatedShare("r", ("model",), None)
     tree = TokenTree.chain([0, 1, 1, 1])
     draft = replace(Draft.from_drafter("model", tree), source=("", "forced", "model", MERGED))
-    holding.count([share], [draft], [verdict([1, 2, 3])], 0.001)
-    holding.count([share], [draft], [None], 0.001)
-    assert holding.take("r") == (1, 2, {})
-    assert holding.take("r") == (0, 0, {})
-    assert holding.take("unknown") == (0, 0, {})
+    holding.count(seen_step(verdict([1, 2, 3]), draft))
+    holding.count(seen_step(None, draft))
+    assert holding.take("r") == Counts(0.0, ("a", "b", "c"), 1, 2)
+    assert holding.take("r") is None
 
 
 @pytest.mark.parametrize(("tokens_per_step", "is_wanting"), [(1, True), (2, False)])
 def test_a_plan_under_plain_decoding_is_wanting_after_some_steps(tokens_per_step, is_wanting):
     holding = Holding([])
     holding.begin(1.5)  # tokens per millisecond
-    share = SimulatedShare("r", ("model",), None)
     draft = Draft.from_drafter("model", TokenTree.chain([0, 1, 1]))
     found = []
     for _ in range(8):
-        holding.count([share], [draft], [verdict([1] * (tokens_per_step - 1))], 0.001)
+        holding.count(seen_step(verdict([1] * (tokens_per_step - 1)), draft))
         found.append(holding.is_wanting)
     assert found == [False] * 5 + [is_wanting] * 3
 
@@ -188,32 +228,66 @@ def dues(trials, num_plans, *, is_plain):
     return [trials.is_due(is_plain=is_plain) for _ in range(num_plans)]
 
 
+def trials_of(num_drafters=3):
+    labels = "abc"[:num_drafters]
+    return Trials(list_arms(labels), labels)
+
+
+def picks(trials, rates, present, count, times=None):
+    """Return the ways that are tried, plans going by between them."""
+    times = np.array(times) if times else np.ones(len(rates))
+    found = []
+    for _ in range(count):
+        trials.is_due(is_plain=False)
+        found.append(trials.pick(np.array(rates), times, present))
+    return found
+
+
+A, B, C, AB, AC, BC, ABC, NOBODY = range(8)  # ways to draft with three drafters, and plain decoding
+
+
 def test_a_new_text_is_tried_at_once_where_nothing_is_drafted():
-    trials = Trials(2)
+    trials, even = trials_of(), (np.ones(8), np.ones(8), NOBODY)
     for _ in range(20):
         if trials.is_due(is_plain=True):
-            trials.pick(0, None)
+            trials.pick(*even)
     assert dues(trials, 1, is_plain=True) == [False]
     trials.begin_text()
     assert dues(trials, 1, is_plain=True) == [True]
-    trials.pick(0, None)
+    trials.pick(*even)
     trials.begin_text()
     assert dues(trials, 1, is_plain=False) == [False]  # its drafts are counted anyway
 
 
-def test_every_drafter_has_its_turn_beside_plain_decoding():
-    trials = Trials(3)
-    picked = [trials.pick(7, None) for _ in range(8)]
-    assert set(picked) == {0, 1, 2, 7}
-    assert picked.count(7) == 4
+def test_every_drafter_has_its_turn_beside_plain_decoding_and_the_best_way_every_second():
+    picked = picks(trials_of(), [0.9, 0.9, 0.9, 0.9, 0.9, 0.95, 0.9, 1.0], NOBODY, 12)
+    assert picked[1::2] == [BC] * 6
+    assert sorted(picked[::2]) == [A, A, B, B, C, C]
 
 
 def test_what_is_used_is_not_tried_and_plain_decoding_is():
-    trials = Trials(3)
-    picked = [trials.pick(1, 1) for _ in range(8)]
-    assert set(picked) == {0, 2, None}
-    assert picked.count(None) == 4
-    assert {Trials(1).pick(0, 0) for _ in range(4)} == {None}
+    picked = picks(trials_of(), [0.9, 1.0, 0.9, 0.9, 0.9, 0.9, 0.9, 0.9], B, 12)
+    assert set(picked) == {A, C, NOBODY}
+    assert all(picked.count(way) == 4 for way in set(picked))
+    single = Trials([("a",)], "a")
+    assert picks(single, [1.0, 0.9], 0, 4) == [1] * 4
+
+
+def test_who_would_lose_too_much_alone_is_tried_beside_others():
+    """A drafter that copies what the one in use copies, and is not known for it yet."""
+    picked = picks(trials_of(), [0.3, 1.0, 0.3, 0.97, 0.3, 0.3, 0.3, 0.3], B, 4)
+    assert picked == [AB] * 4
+
+
+def test_nothing_is_tried_where_all_would_lose_too_much():
+    assert picks(trials_of(), [0.5, 1.0, *[0.5] * 6], B, 2) == [B, B]
+    assert picks(trials_of(), [*[0.5] * 7, 1.0], NOBODY, 2) == [NOBODY, NOBODY]
+
+
+def test_dear_trials_are_rarer():
+    rates = [0.98, 1.0, 0.7, *[0.1] * 5]  # "c" loses fifteen times as much as "a"
+    picked = picks(trials_of(), rates, B, 100)
+    assert 2 < picked.count(A) / picked.count(C) < 6
 
 
 def test_guesses_that_are_worth_more_boast_less():

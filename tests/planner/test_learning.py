@@ -222,8 +222,16 @@ def test_a_batch_that_shrinks_one_by_one_is_planned_when_it_is_another():
     for _ in range(50):
         if pace.begins_plan(16):
             pace.planned(0.005, 0.002)
-    planned = [count for count in range(15, 0, -1) if pace.begins_plan(count)]
-    assert planned == [10, 6, 4, 2, 1]
+
+    def shrink():
+        planned = []
+        for count in range(15, 0, -1):
+            if pace.begins_plan(count):
+                planned.append(count)
+                pace.planned(0.005, 0.002)
+        return planned
+
+    assert shrink() == [10, 6, 4, 2, 1]
 
 
 def test_a_plan_that_is_wanted_sooner_comes_after_half_of_the_time_but_not_at_any_price():
@@ -295,3 +303,24 @@ def test_a_drafter_that_no_request_may_have_is_not_tried():
     probes.earn(1.0)
     assert probes.pick(set(), {"b"}) == "b"
     assert probes.pick(set(), set()) is None
+
+
+def test_a_plan_for_a_size_that_comes_back_goes_on_where_it_was_left():
+    pace = Pace()
+    for _ in range(200):
+        if pace.begins_plan(16):
+            pace.planned(0.005, 0.002)
+    assert pace.begins_plan(4)
+    assert pace.is_other
+    pace.planned(0.005, 0.002)
+    before = pace._steps_left
+    assert not pace.begins_plan(14)
+    assert pace.gone_back_to == 16
+    assert not pace.begins_plan(15)
+    assert pace.gone_back_to == 0
+    assert not pace.begins_plan(4)
+    assert pace.gone_back_to == 4
+    assert pace._steps_left == before - 1
+    pace.drop_left()
+    assert pace.begins_plan(16)  # what it was made from has changed
+    assert pace.is_other

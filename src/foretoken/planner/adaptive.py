@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from time import perf_counter
 
@@ -15,7 +16,9 @@ from foretoken.planner.base import Order, Planner, Share, StepTimes
 from foretoken.planner.choices import (
     PLAIN,
     Choice,
+    Plan,
     PlannedStep,
+    Seen,
     are_ample,
     ids_of,
     keep_best,
@@ -26,18 +29,18 @@ from foretoken.planner.choices import (
     with_free,
 )
 from foretoken.planner.cost import CostModel
-from foretoken.planner.drafting import Drafting, learn_costs
-from foretoken.planner.experience import Experience
+from foretoken.planner.drafting import learn_costs
 from foretoken.planner.gains import Arm, list_arms
-from foretoken.planner.holding import Holding, lost_s
+from foretoken.planner.holding import lost_s
+from foretoken.planner.learning import Learning
 from foretoken.planner.outlook import Formula, Outlook
-from foretoken.planner.pacing import Pace, Probes, Trials, trial_steps
+from foretoken.planner.pacing import Pace, Probes
 from foretoken.planner.resting import Rest
+from foretoken.planner.trials import LEAST_LOSS, Trials, trial_steps
 
 _BEYOND_EVERY = 8  # planned steps, after as many at first, in which drafts are larger than planned
+_BEYOND_STEPS = 64  # after which every planned step may be one
 _FREE_GAIN = 0.02  # tokens; a drafter whose levels need bring no more works as long for several
-_LARGEST_LOSS = 0.4  # of its time that such a step may be expected to waste
-_LEAST_LOSS = 0.01  # of it that it is taken to waste at least
 _PROBE_SIZES = (4, 1, 2)  # nodes of drafts that are only tried, in turn, to tell levels' cost
 
 
@@ -80,20 +83,24 @@ class AdaptivePlanner(Planner):
         self._always = frozenset(always)
         self._max_nodes = max_nodes
         self._labels = tuple(labels)
-        self._arms = list_arms(labels)
-        self._formula = Formula(self._arms, labels)
-        self._experience = Experience(self._arms, (*labels, *always), max_nodes, first_guess)
-        self._drafting = Drafting(cost)
-        self._pace, self._probes, self._trials = Pace(), Probes(labels), Trials(len(labels))
+        arms = list_arms(labels)
+        self._arms: list[Arm] = [*arms, PLAIN[0]]
+        self._formula = Formula(arms, labels)
+        self._learning = Learning(cost, arms, labels, always, max_nodes, first_guess)
+        self._experience = self._learning.experience
+        self._drafting, self._holding = self._learning.drafting, self._learning.holding
+        self._pace, self._probes, self._trials = Pace(), Probes(labels), Trials(arms, labels)
         self._rest = Rest(self._pace, self._probes)
-        self._holding = Holding(always)
         # The plan that holds: a way to draft and its size, and what it is for each request.
         self._choice = PLAIN
         self._choices: dict[str, Choice] = {}
+        self._kept = Plan(PLAIN, 0.0, 0.0, 0.0)
+        self._plans: dict[int, Plan] = {}  # by requests
         self._orders: dict[str, tuple[DraftBudget | None, Order]] = {}  # by the plan that holds
         self._present: Arm = ()  # what it prefers, which a trial may replace for some steps
         self._is_trial = self._is_new = False
         self._rate = 0.0  # tokens per millisecond that it promises
+        self._delivered = math.inf
         self._least_prob = 0.0  # of a node beyond the plan's size that is worth its row
         self._is_idle = False  # nothing is drafted in this step, and nothing learned from it
         self._num_decoding = self._num_plans = self._num_probes = 0
@@ -113,15 +120,15 @@ class AdaptivePlanner(Planner):
         self._step, self._is_idle = None, False
         # Where nobody may have a drafter there is nothing to plan.
         has_choice = any(share.drafters for share in decoding)
-        is_plain = self._choice is PLAIN and not self._is_trial
         is_due = has_choice and self._pace.begins_plan(len(decoding))
-        if is_due and self._rest.needs_plan(decoding, is_plain=is_plain):
+        if has_choice and self._pace.gone_back_to:
+            self._go_back_to(self._pace.gone_back_to, decoding)
+        if is_due and (self._pace.is_other or self._needs_plan(decoding)):
             start_s = self._clock()
             wasted = (self._probe,) if self._is_probe_wasted and self._probe is not None else ()
             self._step = PlannedStep(who_drafts(self._choices, wasted))
             self._num_plans += 1
-            for share in decoding:
-                self._learn_count(share.request_id)
+            self._take_counts(decoding)
             self._plan(decoding, self._step)
             self._orders.clear()
             self._step.orders = [self._order(share) for share in shares]
@@ -133,6 +140,28 @@ class AdaptivePlanner(Planner):
                 self._rest.begin(shares)
             return [{}] * len(shares)
         return [self._usual_order(share) for share in shares]
+
+    def _needs_plan(self, decoding: Sequence[Share]) -> bool:
+        """Return whether a plan that is due may be another than the one that holds."""
+        is_plain = self._choice is PLAIN and not self._is_trial
+        self._plans[len(decoding)] = self._kept
+        return self._rest.needs_plan(decoding, is_plain=is_plain)
+
+    def _go_back_to(self, num_requests: int, decoding: Sequence[Share]) -> None:
+        """Go on with the plan that was made when there were as many requests before."""
+        self._take_counts(decoding)
+        plan = self._kept = self._plans[num_requests]
+        self._num_decoding, self._delivered = num_requests, math.inf
+        self._choice, self._rate, self._least_prob = plan.choice, plan.rate, plan.least_prob
+        self._present, self._is_trial, self._probe = plan.choice[0], False, None
+        self._holding.begin(plan.plain_rate)
+        self._choices.clear()
+        self._orders.clear()
+
+    def _take_counts(self, decoding: Sequence[Share]) -> None:
+        """Learn what came of the plan that held until now."""
+        for request_id in ids_of(decoding):
+            self._learning.take_counts(request_id, self._choices.get(request_id, self._choice))
 
     def _usual_order(self, share: Share) -> Order:
         """Return the order of a step that is not planned; the last one, if bounds are the same."""
@@ -157,7 +186,8 @@ class AdaptivePlanner(Planner):
 
     def _bounds(self, label: str, size: int, budget: DraftBudget) -> DraftBudget:
         """Return the bounds of a drafter's draft for a request that is to have so many nodes."""
-        min_gain = 0.0 if self._is_trial else self._level_gain(label)
+        is_tried = self._is_trial and label not in self._present
+        min_gain = 0.0 if is_tried else self._level_gain(label)
         # Where length is free more may be drafted; what is not worth its row is cut away.
         is_longer = min_gain < _FREE_GAIN if self._step is None else self._looks_beyond
         if size and is_longer and not self._is_trial:
@@ -167,7 +197,8 @@ class AdaptivePlanner(Planner):
     @property
     def _looks_beyond(self) -> bool:
         """Whether drafts are larger than the plan wants, to see what larger ones are worth."""
-        return self._num_plans <= _BEYOND_EVERY or self._num_plans % _BEYOND_EVERY == 0
+        every = max(1, min(_BEYOND_EVERY, _BEYOND_STEPS // self._pace.period))
+        return self._num_plans <= _BEYOND_EVERY or self._num_plans % every == 0
 
     def _level_gain(self, label: str) -> float:
         """Return the tokens that a drafter has to promise each request for one more level."""
@@ -182,66 +213,57 @@ class AdaptivePlanner(Planner):
         step_ms = self._step_ms(decoding, count, count * self._max_nodes)  # [1 + B * N]
         plain_ms = self._cost.plain_ms(sum(share.num_keys for share in decoding), count)
         plain_rate = count / plain_ms
+        if not self._is_trial and self._present:
+            self._delivered = self._holding.rate or self._delivered
         self._holding.begin(plain_rate)
         prices = self._drafting.prices(self._labels, count, plain_ms)
         gains = self._experience.gains(decoding)  # [B, A, N]
-        able = ways_of(decoding, self._arms)  # [B, A]
-        outlook = self._formula.outlook(gains, able, prices, step_ms)
+        able = ways_of(decoding, self._arms[:-1])  # [B, A]
+        outlook = self._formula.outlook(gains, able, prices, step_ms, plain_ms)
         self._experience.renew()
-        self._choice, self._choices = PLAIN, dict.fromkeys(ids_of(decoding), PLAIN)
-        present = self._arms.index(self._present) if self._present else None
-        best, self._rate = outlook.best(present, plain_rate)
-        if best is not None:
-            step.draft_ms = float(outlook.draft_ms[best])
-            size = int(outlook.sizes[best])
-            self._choose_arm(decoding, best, size, gains, able)
+        best = outlook.best(self._arms.index(self._present))
+        self._rate = float(outlook.rates[best])
+        self._choose_way(decoding, best, outlook)
+        if best != outlook.plain:
+            step.draft_ms, size = float(outlook.draft_ms[best]), int(outlook.sizes[best])
             twice = min(2 * size, len(step_ms) - 1)
             self._least_prob = self._rate * float(step_ms[twice] - step_ms[0]) / twice
+        self._keep(Plan(self._choice, self._rate, plain_rate, self._least_prob))
         self._choose_probe(decoding)
-        self._choose_trial(decoding, outlook, gains, able, plain_rate)
+        self._choose_trial(decoding, outlook)
 
-    def _choose_arm(
-        self,
-        decoding: Sequence[Share],
-        arm: int,
-        size: int,
-        gains: NDArray[np.float64],
-        able: NDArray[np.bool_],
-    ) -> None:
-        """Have requests draft in one way, so many tokens in all."""
-        nodes = gains[:, arm] * able[:, arm, None]
-        self._choices = share_out(decoding, self._arms[arm], nodes, size)
-        self._choice = self._arms[arm], max(1, round(size / len(decoding)))
+    def _keep(self, plan: Plan) -> None:
+        """Keep a plan for batches of this size; if it is another, those for other sizes may be."""
+        if not self._pace.is_other and plan.choice[0] != self._kept.choice[0]:
+            self._pace.drop_left()
+        self._kept = self._plans[self._num_decoding] = plan
 
-    def _choose_trial(
-        self,
-        decoding: Sequence[Share],
-        outlook: Outlook,
-        gains: NDArray[np.float64],
-        able: NDArray[np.bool_],
-        plain_rate: float,
-    ) -> None:
+    def _choose_way(self, decoding: Sequence[Share], way: int, outlook: Outlook) -> None:
+        """Have requests draft in one way, or decode plainly."""
+        if way == outlook.plain:
+            self._choice, self._choices = PLAIN, dict.fromkeys(ids_of(decoding), PLAIN)
+            return
+        size = int(outlook.sizes[way])
+        self._choices = share_out(decoding, self._arms[way], outlook.nodes[:, way], size)
+        self._choice = self._arms[way], max(1, round(size / len(decoding)))
+
+    def _choose_trial(self, decoding: Sequence[Share], outlook: Outlook) -> None:
         """Decode by another way now and then for a few steps, if it may be the best.
 
         What the plan never does is never timed, and may have become cheaper than it was. A few
         steps, because the first ones find the processor's caches full of something else.
         """
         self._is_new = self._choice[0] != self._present
+        if self._is_new:
+            self._delivered = math.inf
         self._present, self._is_trial = self._choice[0], False
-        is_plain = self._choice is PLAIN
-        is_due = self._trials.is_due(is_plain=is_plain) and self._probe is None
-        if not is_due or not self._probes.has_credit:
-            return
-        present = None if is_plain else self._arms.index(self._present)
-        tried = self._trials.pick(int(outlook.rates.argmax()), present)
-        rate = plain_rate if tried is None else float(outlook.rates[tried])
-        if rate < (1.0 - _LARGEST_LOSS) * self._rate:
-            return
-        self._is_trial = True
-        if tried is None:
-            self._choice, self._choices = PLAIN, dict.fromkeys(ids_of(decoding), PLAIN)
-        else:
-            self._choose_arm(decoding, tried, int(outlook.sizes[tried]), gains, able)
+        is_due = self._trials.is_due(is_plain=self._choice is PLAIN) and self._probe is None
+        if is_due and self._probes.has_credit:
+            present = self._arms.index(self._present)
+            tried = self._trials.pick(outlook.rates, outlook.times_ms, present)
+            self._is_trial = tried != present
+            if self._is_trial:
+                self._choose_way(decoding, tried, outlook)
 
     def _choose_probe(self, decoding: Sequence[Share]) -> None:
         """Choose a drafter that nobody uses, if its time has come."""
@@ -300,83 +322,58 @@ class AdaptivePlanner(Planner):
         if self._is_idle:
             self._probes.earn(times.total_s)
             return
-        # Where prompts are read, times say little about what comes after them.
-        has_prompts = any(share.num_rows > 1 for share in shares)
-        step = self._step
+        seen = Seen(shares, self._proposed, scored, verdicts, times)
+        has_prompts = seen.has_prompts
         if not has_prompts:
             self._probes.earn(times.total_s)
-        if self._is_trial:
-            loss_s = lost_s(verdicts, times, self._rate)
-            self._probes.pay(max(_LEAST_LOSS * times.total_s, loss_s))
-        if step is None:
-            if not has_prompts:
-                self._learn_held(shares, scored, verdicts, times)
-            return
-        start_s = self._clock()
-        self._experience.learn_all(shares, step.orders, self._proposed, step.probs, verdicts)
-        if self._is_trial and times.draft_s and not has_prompts:  # nothing was cut away
-            self._holding.count(shares, scored, verdicts, times.total_s)
-        self._learn_drafting(shares, step.orders, self._proposed, times, step.at_work)
-        if self._pace.is_settled and not has_prompts:
-            learn_costs(self._cost, shares, scored, times, step.own_s)
-        step.own_s += self._clock() - start_s
-        self._pace.planned(step.own_s, times.total_s, is_new=self._is_new)
-        if self._is_trial:
-            self._pace.hold(trial_steps(times.total_s))
-        if self._is_probe_wasted:
-            self._pace.hurry()
+            if self._is_trial:
+                # What it took longer than the way that it replaces would have.
+                loss_s = lost_s(verdicts, times, min(self._rate, self._delivered))
+                self._probes.pay(max(LEAST_LOSS * times.total_s, loss_s))
+        if self._step is not None:
+            self._learn_planned(self._step, seen)
+        elif not has_prompts:
+            self._learn_held(seen)
 
-    def _learn_held(
-        self,
-        shares: Sequence[Share],
-        scored: Sequence[Draft],
-        verdicts: Sequence[Verdict | None],
-        times: StepTimes,
-    ) -> None:
-        """Learn from a step that was not planned: tokens are counted, some steps looked at."""
-        if self._pace.is_settled:
-            learn_costs(self._cost, shares, scored, times, 0.0)
-        if not times.draft_s:
-            return
-        is_union = len(self._choice[0]) > 1
-        self._holding.count(shares, scored, verdicts, times.total_s, is_union=is_union)
-        if self._holding.is_wanting:
-            self._pace.hurry()
-        if self._pace.is_settled or self._is_trial:
-            orders = [self._usual_order(share) for share in shares]
-            self._experience.judge_all(shares, orders, self._proposed, verdicts)
-            if self._pace.is_settled:
-                self._learn_drafting(shares, orders, self._proposed, times, None)
-
-    def _learn_count(self, request_id: str) -> None:
-        """Learn what came of the plan that held until now for a request."""
-        arm, size = self._choices.get(request_id, PLAIN)
-        num_steps, num_taken, alone = self._holding.take(request_id)
-        if size and num_steps:
-            counts = {arm: num_taken} | {(it,): alone[it] for it in arm if it in alone}
-            self._experience.learn_counts(request_id, arm, size, num_steps, counts)
-
-    def _learn_drafting(
-        self,
-        shares: Sequence[Share],
-        orders: Sequence[Order],
-        drafts: Sequence[Draft],
-        times: StepTimes,
-        at_work: Collection[tuple[str, str]] | None,
-    ) -> None:
-        """Learn what drafting took; `at_work`: who drafted for whom before, None for all."""
-        for label, seconds in times.draft_s.items():
-            if label in self._always:
-                continue
-            parts = zip(ids_of(shares), orders, drafts, strict=True)
-            served = [(key, draft) for key, order, draft in parts if label in order]
-            is_caught_up = at_work is None or all((label, key) in at_work for key, _ in served)
-            own = [draft for _, draft in served]
-            is_usual = self._drafting.learn(label, own, seconds, is_caught_up=is_caught_up)
-            if self._probe == label and at_work is not None:
+    def _learn_planned(self, step: PlannedStep, seen: Seen) -> None:
+        """Learn from a step that was planned, and what planning took."""
+        start_s, has_prompts = self._clock(), seen.has_prompts
+        self._experience.learn_all(
+            seen.shares, step.orders, seen.proposed, step.probs, seen.verdicts
+        )
+        if self._is_trial and seen.times.draft_s and not has_prompts:  # nothing was cut away
+            self._holding.count(seen, is_union=len(self._choice[0]) > 1)
+        for label, seconds, is_usual in self._learning.learn_drafting(
+            seen, step.orders, step.at_work
+        ):
+            if label == self._probe:
                 # Its very first draft loads its code, which comes but once.
                 self._probes.pay(seconds if self._drafting.is_warm(label) else 0.0, label)
                 self._is_probe_wasted = not (is_usual or self._drafting.is_known(label))
+        if self._pace.is_settled and not has_prompts:
+            learn_costs(self._cost, seen, step.own_s)
+        step.own_s += self._clock() - start_s
+        self._pace.planned(step.own_s, seen.times.total_s, is_new=self._is_new)
+        if self._is_trial:
+            self._pace.hold(trial_steps(seen.times.total_s))
+        if self._is_probe_wasted:
+            self._pace.hurry()
+
+    def _learn_held(self, seen: Seen) -> None:
+        """Learn from a step that was not planned: tokens are counted, some steps looked at."""
+        is_settled = self._pace.is_settled
+        if is_settled:
+            learn_costs(self._cost, seen, 0.0)
+        if not seen.times.draft_s:
+            return
+        self._holding.count(seen, is_union=len(self._choice[0]) > 1)
+        if self._holding.is_wanting:
+            self._pace.hurry()
+        if is_settled or self._is_trial:
+            orders = [self._usual_order(share) for share in seen.shares]
+            self._experience.judge_all(seen.shares, orders, seen.proposed, seen.verdicts)
+            if is_settled:
+                self._learning.learn_drafting(seen, orders)
 
     def _step_ms(
         self, shares: Sequence[Share], num_fixed: int, num_nodes: int
@@ -389,7 +386,7 @@ class AdaptivePlanner(Planner):
 
     def forget(self, request_id: str) -> None:
         """Forget a request that has ended; what comes next may be another text."""
-        self._learn_count(request_id)
+        self._learning.take_counts(request_id, self._choices.get(request_id, self._choice))
         self._trials.begin_text()
         self._rest.end()
         self._pace.sooner()

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from foretoken.core.draft import Draft, DraftBudget, source_names
-from foretoken.planner.base import Order, Share
+from foretoken.core.verdict import Verdict
+from foretoken.planner.base import Order, Share, StepTimes
 from foretoken.planner.gains import Arm
 
 Choice = tuple[Arm, int]
@@ -33,6 +34,47 @@ class PlannedStep:
     probs: list[list[float]] = field(default_factory=list)
     draft_ms: float = 0.0
     own_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A plan for batches of one size.
+
+    Args:
+        choice: A way to draft, and the size of each draft.
+        rate: Tokens per millisecond that it promises.
+        plain_rate: Those of plain decoding.
+        least_prob: Of a node beyond the size that is worth its row.
+    """
+
+    choice: Choice
+    rate: float
+    plain_rate: float
+    least_prob: float
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What came of a step.
+
+    Args:
+        shares: Its requests.
+        proposed: Their drafts, nothing cut away.
+        scored: What was left of them.
+        verdicts: What the target said.
+        times: Of the step.
+    """
+
+    shares: Sequence[Share]
+    proposed: Sequence[Draft]
+    scored: Sequence[Draft]
+    verdicts: Sequence[Verdict | None]
+    times: StepTimes
+
+    @property
+    def has_prompts(self) -> bool:
+        """Whether prompts were read: times say little then about what comes after them."""
+        return any(share.num_rows > 1 for share in self.shares)
 
 
 def ways_of(decoding: Sequence[Share], arms: Sequence[Arm]) -> NDArray[np.bool_]:
@@ -148,7 +190,9 @@ def ids_of(shares: Sequence[Share]) -> list[str]:
 __all__ = [
     "PLAIN",
     "Choice",
+    "Plan",
     "PlannedStep",
+    "Seen",
     "are_ample",
     "ids_of",
     "keep_best",

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from foretoken.core.draft import Draft, source_names
-from foretoken.planner.base import Share, StepTimes
+from foretoken.planner.choices import Seen
 from foretoken.planner.cost import CostModel
 
 _LEVELS_RATE = 0.2  # weight of the newest draft in the usual depth of a drafter's
@@ -97,25 +97,18 @@ class Drafting:
         return True
 
 
-def learn_costs(
-    cost: CostModel,
-    shares: Sequence[Share],
-    scored: Sequence[Draft],
-    times: StepTimes,
-    own_s: float,
-) -> None:
+def learn_costs(cost: CostModel, seen: Seen, own_s: float) -> None:
     """Have a cost model learn from a step what its pass took, and what was around it.
 
     Args:
         cost: Of the target's passes.
-        shares: The step's requests.
-        scored: Their drafts.
-        times: Of the step.
+        seen: The step.
         own_s: What planning took of it.
     """
+    times, shares = seen.times, seen.shares
     is_plain = not times.draft_s
     num_rows = sum(share.num_rows for share in shares)
-    num_rows += sum(draft.tree.num_draft_tokens for draft in scored)
+    num_rows += sum(draft.tree.num_draft_tokens for draft in seen.scored)
     num_keys = sum(share.num_keys for share in shares)
     cost.observe_pass(num_rows, num_keys, times.pass_s, len(shares), is_plain=is_plain)
     rest_s = times.total_s - times.pass_s - sum(times.draft_s.values()) - own_s

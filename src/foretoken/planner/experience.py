@@ -14,6 +14,7 @@ from foretoken.core.verdict import Verdict
 from foretoken.planner.acceptance import Acceptance, judged_nodes
 from foretoken.planner.base import Order, Share
 from foretoken.planner.gains import Arm, Gains, temperature_class
+from foretoken.planner.holding import Counts
 
 _LUCK_DECAY = 0.98  # of a judged guess's weight in how a drafter does on one request
 _LUCK_STRENGTH = 5.0  # guesses that count for it doing there as everywhere
@@ -208,24 +209,28 @@ class Experience:
             if verdict is not None and order:
                 self.judge(share, order, draft, verdict)
 
-    def learn_counts(
-        self, request_id: str, arm: Arm, size: int, num_steps: int, counts: Mapping[Arm, int]
-    ) -> None:
+    def learn_counts(self, request_id: str, arm: Arm, size: int, counts: Counts) -> None:
         """Learn how many tokens the drafts of some steps gave a request.
+
+        Each drafter of a union is worth what it would have given: two that copy the same are both
+        worth all of it.
 
         Args:
             request_id: Whose they were.
             arm: How they were drafted.
             size: Most nodes of each, at least one.
-            num_steps: As many drafts.
-            counts: Draft tokens that were taken; beside those of the arm, of other ones those that
-                they would have given: each of two drafters that copy the same is worth both.
+            counts: What came of them; nothing is learned of a request that may not have them all.
         """
+        if not all(label in counts.drafters for label in arm):
+            return
         size = min(size, self._max_nodes)
-        for other, num_taken in counts.items():
-            index = self._arms.index(other)
-            factor = self._gains.learn_count(request_id, index, size, num_steps, num_taken)
-            if other == arm:
+        parts = arm if len(arm) > 1 else ()
+        taken = {arm: counts.num_taken} | {(label,): counts.alone[label] for label in parts}
+        request = request_id, temperature_class(counts.temperature)
+        for way, num_taken in taken.items():
+            index = self._arms.index(way)
+            factor = self._gains.learn_count(request, index, size, counts.num_steps, num_taken)
+            if way == arm:
                 for label in arm:  # guesses that are worth more than was thought boast less
                     self._boast[label] -= math.log(factor)
 

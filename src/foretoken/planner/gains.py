@@ -114,14 +114,14 @@ class Gains:
             asked[: len(probs)] += rate * probs
 
     def learn_count(
-        self, request_id: str, arm: int, num_asked: int, num_steps: int, num_taken: int
+        self, request: tuple[str, int], arm: int, num_asked: int, num_steps: int, num_taken: int
     ) -> float:
         """Learn how many tokens the drafts of some steps gave, of which nothing else is known.
 
         What such drafts are worth is scaled by what came over what was expected.
 
         Args:
-            request_id: Whose they were; one that is known.
+            request: Whose they were: its id and temperature class.
             arm: Index of the way they were drafted.
             num_asked: Nodes that each could have had, 1 to N.
             num_steps: As many drafts, at least one.
@@ -130,7 +130,7 @@ class Gains:
         Returns:
             The factor for the request.
         """
-        row, kind = self._rows[request_id]
+        row, kind = self._row(*request)
         self._num_counted[row, arm] += num_steps
         first = num_steps / (self._num_counted[row, arm] + _PRIOR_STEPS)
         usual = 1.0 - (1.0 - _RATE_OF_COUNT) ** num_steps
@@ -196,7 +196,11 @@ def _prior_gains(arm: Arm, max_nodes: int, first_guess: Mapping[str, float]) -> 
 def _bounded(
     gains: NDArray[np.float64], rows: NDArray[np.int64], parts: NDArray[np.int64]
 ) -> NDArray[np.float64]:
-    """Return some rows of gains; no node of a union is likelier than that rank of all its parts."""
+    """Return some rows of gains, those of unions within what is known of their parts.
+
+    No node of a union is likelier than that rank of all its parts' nodes, and none less likely
+    than that rank of any part's.
+    """
     result = gains[rows]
     num_nodes = gains.shape[2]
     pooled = np.empty(parts.shape[1] * num_nodes)
@@ -211,8 +215,11 @@ def _bounded(
             if num_parts > 1:
                 ascending = np.sort(pooled[: num_parts * num_nodes])
                 for node in range(num_nodes):
-                    bound = ascending[-1 - node]
-                    result[row, arm, node] = min(result[row, arm, node], bound)
+                    least = 0.0
+                    for part in range(num_parts):
+                        least = max(least, pooled[part * num_nodes + node])
+                    most = ascending[-1 - node]
+                    result[row, arm, node] = min(max(result[row, arm, node], least), most)
     return result
 
 

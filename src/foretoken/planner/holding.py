@@ -2,15 +2,37 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 
 from foretoken.core.draft import Draft, source_names
 from foretoken.core.verdict import Verdict
-from foretoken.planner.base import Share, StepTimes
+from foretoken.planner.base import StepTimes
+from foretoken.planner.choices import Seen
 
 _LEAST_STEPS = 6  # before a plan is found wanting
 _WANTING = 0.9  # of plain decoding's tokens per time; under it a plan is
+
+
+@dataclass(slots=True)
+class Counts:
+    """What came of drafts for one request.
+
+    Args:
+        temperature: Of the request.
+        drafters: That it may have.
+        num_steps: In which there were drafts.
+        num_taken: Draft tokens that were taken.
+        alone: Where several drafters drafted, by the name of each that proposed any of the tokens
+            said, those that it would have given alone.
+    """
+
+    temperature: float
+    drafters: Sequence[str]
+    num_steps: int = 0
+    num_taken: int = 0
+    alone: Counter[str] = field(default_factory=Counter)
 
 
 class Holding:
@@ -31,31 +53,31 @@ class Holding:
             plain_rate: Tokens per millisecond that plain decoding is expected to give.
         """
         self._plain_rate = plain_rate
-        self._counts: defaultdict[str, list[int]] = defaultdict(lambda: [0, 0])
-        self._alone: defaultdict[str, Counter[str]] = defaultdict(Counter)
+        self._counts: dict[str, Counts] = {}
         self._num_steps = self._num_tokens = 0
         self._ms = 0.0
 
-    def count(
-        self,
-        shares: Sequence[Share],
-        scored: Sequence[Draft],
-        verdicts: Sequence[Verdict | None],
-        total_s: float,
-        *,
-        is_union: bool = False,
-    ) -> None:
-        """Count a step in which somebody drafted; `is_union`: several drafters at once."""
-        for share, draft, verdict in zip(shares, scored, verdicts, strict=True):
+    def count(self, seen: Seen, *, is_union: bool = False) -> None:
+        """Count a step in which somebody drafted, several drafters at once if it is a union.
+
+        What each of these would have given alone is counted by what it proposed: who is cut away
+        because little is known of him is to become known nonetheless.
+        """
+        for place, verdict in enumerate(seen.verdicts):
             if verdict is not None:
-                counts = self._counts[share.request_id]
-                counts[0] += 1
-                counts[1] += self._num_merits(draft, verdict)
+                share = seen.shares[place]
+                counts = self._counts.get(share.request_id)
+                if counts is None:
+                    counts = self._counts[share.request_id] = Counts(
+                        share.temperature, share.drafters
+                    )
+                counts.num_steps += 1
+                counts.num_taken += self._num_merits(seen.scored[place], verdict)
                 if is_union:
-                    self._count_alone(share.request_id, draft, verdict)
+                    _count_alone(counts.alone, seen.proposed[place], verdict.token_ids)
                 self._num_tokens += len(verdict.token_ids)
         self._num_steps += 1
-        self._ms += 1000.0 * total_s
+        self._ms += 1000.0 * seen.times.total_s
 
     def _num_merits(self, draft: Draft, verdict: Verdict) -> int:
         if not self._always:
@@ -63,32 +85,31 @@ class Holding:
         names = (source_names(draft.source[node]) for node in verdict.path)
         return sum(not self._always.issuperset(own) for own in names)
 
-    def _count_alone(self, request_id: str, draft: Draft, verdict: Verdict) -> None:
-        """Count for each drafter the tokens that it would have given without the others."""
-        alone, left = self._alone[request_id], None
-        for node in verdict.path:
-            names = source_names(draft.source[node])
-            left = names if left is None else [name for name in left if name in names]
-            if not left:
-                return
-            for name in left:
-                alone[name] += 1
-
     @property
     def is_wanting(self) -> bool:
         """Whether plain decoding would likely have given more, so that a new plan is due."""
         is_known = self._num_steps >= _LEAST_STEPS
         return is_known and self._num_tokens < _WANTING * self._plain_rate * self._ms
 
-    def take(self, request_id: str) -> tuple[int, int, Mapping[str, int]]:
-        """Return what was counted of a request, and forget it.
+    @property
+    def rate(self) -> float | None:
+        """Tokens per millisecond that the plan gives; None as long as that is not known."""
+        return self._num_tokens / self._ms if self._num_steps >= _LEAST_STEPS else None
 
-        Returns:
-            Steps; draft tokens taken; and of these, by the name of each drafter that proposed any,
-            those that it would have given alone.
-        """
-        num_steps, num_taken = self._counts.pop(request_id, (0, 0))
-        return num_steps, num_taken, self._alone.pop(request_id, {})
+    def take(self, request_id: str) -> Counts | None:
+        """Return what was counted of a request, if anything was, and forget it."""
+        return self._counts.pop(request_id, None)
+
+
+def _count_alone(alone: Counter[str], draft: Draft, token_ids: Sequence[int]) -> None:
+    """Count for each drafter of a union the tokens that it would have given without the others."""
+    left: list[str] | None = None
+    for node in draft.tree.match(token_ids):
+        names = source_names(draft.source[node])
+        left = names if left is None else [name for name in left if name in names]
+        if not left:
+            return
+        alone.update(left)
 
 
 def lost_s(verdicts: Sequence[Verdict | None], times: StepTimes, rate: float) -> float:
@@ -103,4 +124,4 @@ def lost_s(verdicts: Sequence[Verdict | None], times: StepTimes, rate: float) ->
     return times.total_s - num_tokens / rate / 1000.0
 
 
-__all__ = ["Holding", "lost_s"]
+__all__ = ["Counts", "Holding", "lost_s"]

@@ -19,27 +19,42 @@ class Outlook:
     """What ways to draft promise, each at its best size.
 
     Args:
-        rates: Tokens per millisecond, [A].
-        sizes: Draft tokens of all requests together that give it, >= 1, [A].
+        rates: Tokens per millisecond, and those of plain decoding, [A + 1].
+        times_ms: Of a step that gives as many, likewise, [A + 1].
+        sizes: Draft tokens of all requests together, >= 1, [A].
         draft_ms: What drafting so many takes, [A].
+        nodes: Expected tokens of the nodes of each request's draft, best first; nothing where a
+            request may not draft so, [B, A, N].
+        num_drafters: Of each way, [A].
     """
 
     rates: NDArray[np.float64]
+    times_ms: NDArray[np.float64]
     sizes: NDArray[np.int64]
     draft_ms: NDArray[np.float64]
+    nodes: NDArray[np.float64]
+    num_drafters: NDArray[np.int64]
 
-    def best(self, present: int | None, plain_rate: float) -> tuple[int | None, float]:
-        """Return the way to take and its rate; the present one stays unless another is better.
+    @property
+    def plain(self) -> int:
+        """Plain decoding, as one more way."""
+        return len(self.sizes)
+
+    def best(self, present: int) -> int:
+        """Return the way to take; the present one stays unless another is better.
+
+        Several drafters at once have to be better than one, too: what a union is worth is known
+        less well, and no less than what its best part is.
 
         Args:
-            present: The way that is taken now; None is plain decoding.
-            plain_rate: Its tokens per millisecond.
+            present: The way that is taken now.
         """
-        best = int(self.rates.argmax())
-        present_rate = plain_rate if present is None else float(self.rates[present])
-        if self.rates[best] >= _ADVANTAGE * present_rate:
-            present, present_rate = best, float(self.rates[best])
-        return (present, present_rate) if present_rate > plain_rate else (None, plain_rate)
+        rates = self.rates.copy()
+        rates[:-1][self.num_drafters > 1] /= _ADVANTAGE
+        best = int(rates[:-1].argmax())
+        if rates[best] >= _ADVANTAGE * rates[present]:
+            present = best
+        return present if self.rates[present] > self.rates[self.plain] else self.plain
 
 
 class Formula:
@@ -56,10 +71,15 @@ class Formula:
 
     def __init__(self, arms: Sequence[Arm], labels: Sequence[str]) -> None:
         self._members = np.array([[label in arm for label in labels] for arm in arms])
+        self._num_drafters = self._members.sum(axis=1)
         # Compiled, or found in the cache, before a step waits for it.
         shape = (1, len(arms), 1)
         self.outlook(
-            np.zeros(shape), np.ones(shape[:2], np.bool_), np.zeros((len(labels), 3)), np.ones(2)
+            np.zeros(shape),
+            np.ones(shape[:2], np.bool_),
+            np.zeros((len(labels), 3)),
+            np.ones(2),
+            1.0,
         )
 
     def outlook(
@@ -68,6 +88,7 @@ class Formula:
         able: NDArray[np.bool_],
         prices: NDArray[np.float64],
         step_ms: NDArray[np.float64],
+        plain_ms: float,
     ) -> Outlook:
         """Return what every way promises.
 
@@ -77,31 +98,39 @@ class Formula:
             prices: Of each drafter: the time of a draft without levels, that of a level, both in
                 milliseconds, and the usual number of levels, [L, 3].
             step_ms: Of a step with 0 to B * N draft tokens, drafting not counted, [1 + B * N].
+            plain_ms: Of a step of plain decoding.
         """
-        best = _best_sizes(gains, able, self._members, prices, step_ms)
-        return Outlook(best[:, 0], best[:, 1].astype(np.int64), best[:, 2])
+        nodes = gains * able[:, :, None]
+        best = _best_sizes(nodes, self._members, prices, step_ms, plain_ms)
+        return Outlook(
+            rates=best[:, 0],
+            times_ms=best[:, 3],
+            sizes=best[:-1, 1].astype(np.int64),
+            draft_ms=best[:-1, 2],
+            nodes=nodes,
+            num_drafters=self._num_drafters,
+        )
 
 
 @jit
 def _best_sizes(
-    gains: NDArray[np.float64],
-    able: NDArray[np.bool_],
+    nodes: NDArray[np.float64],
     members: NDArray[np.bool_],
     prices: NDArray[np.float64],
     step_ms: NDArray[np.float64],
+    plain_ms: float,
 ) -> NDArray[np.float64]:
-    """Return rate, size and drafting time of every way at its best size, [A, 3]."""
-    num_requests, num_arms, num_nodes = gains.shape
+    """Return rate, size, drafting time and time of every way at its best size, [A + 1, 4]."""
+    num_requests, num_arms, num_nodes = nodes.shape
     most = num_requests * num_nodes
-    result = np.zeros((num_arms, 3))
+    result = np.zeros((num_arms + 1, 4))
     result[:, 1] = 1.0
+    result[num_arms, 0], result[num_arms, 3] = num_requests / plain_ms, plain_ms
     pooled = np.empty(most)
     for arm in range(num_arms):
-        pooled[:] = 0.0
         for request in range(num_requests):
-            if able[request, arm]:
-                first = request * num_nodes
-                pooled[first : first + num_nodes] = gains[request, arm]
+            first = request * num_nodes
+            pooled[first : first + num_nodes] = nodes[request, arm]
         pooled.sort()
         tokens = float(num_requests)
         for size in range(1, most + 1):
@@ -111,11 +140,10 @@ def _best_sizes(
                 if members[arm, label]:
                     levels = min(prices[label, 2], size / num_requests)
                     draft_ms += prices[label, 0] + prices[label, 1] * levels
-            rate = tokens / (step_ms[size] + draft_ms)
-            if rate > result[arm, 0]:
-                result[arm, 0] = rate
-                result[arm, 1] = size
-                result[arm, 2] = draft_ms
+            ms = step_ms[size] + draft_ms
+            if tokens / ms > result[arm, 0]:
+                result[arm, 0], result[arm, 1] = tokens / ms, size
+                result[arm, 2], result[arm, 3] = draft_ms, ms
     return result
 
 

@@ -9,7 +9,7 @@ PLANNING_SHARE = 0.005  # of the time of all steps, at most, for planning itself
 PLANNING_S = 125e-6  # for planning, at most, per request and step, however long steps are
 PROBING_SHARE = 0.01  # of it, at most, for drafters that are tried and not expected to pay
 
-_FIRST_PLANS = 8  # are made step by step, however short steps are
+FIRST_PLANS = 8  # are made step by step, however short steps are
 _MOST_STEPS = 128  # from one plan to the next
 _HASTE = 4.0  # times as often as their price allows, at most, plans come where texts change ...
 _CALM, _LEAST_HASTE = 0.8, 2.0  # ... and less often with each that changes nothing, down to this
@@ -17,10 +17,6 @@ _CHEAP = 2.0  # steps over which a plan is to be spread that can be left out of 
 _UNSETTLED_STEPS = 2  # after a plan and the first step by it
 _LEARNED_EVERY = 32  # steps between plans
 _OTHER_BATCH = 1.5  # times as many requests as a plan was made for, or as few, want a new one
-_TRIAL_EVERY = 3  # plans, of which one is replaced by another way if that is nearly as good
-# A trial: small models' steps take about ten, or some milliseconds, until caches hold what another
-# way of decoding needs. The last two of them tell what the way costs.
-_TRIAL_STEPS, _LEAST_TRIAL_STEPS, _TRIAL_S = 12, 3, 0.02
 _RATE = 0.1  # weight of the newest plan's price
 _OUTLIER = 4.0  # times what is usual; more counts as no more than that
 _FIRST_CREDIT = 4.0  # steps whose time may be spent on probing at once
@@ -34,7 +30,8 @@ class Pace:
 
     The first few plans, and those for a batch of another size, come at once. One that has lost
     a request or two out of many is no other batch: what holds for one more or less is nearly the
-    same, and where requests end one by one every second step would be planned.
+    same, and where requests end one by one every second step would be planned. Nor is one of a
+    size that comes back: its plan goes on where it was left.
     """
 
     def __init__(self) -> None:
@@ -45,17 +42,47 @@ class Pace:
         self._price = math.inf  # of a plan, in steps over which it is to be spread
         self._haste = _HASTE
         self._num_requests = 0
+        self._gone_back_to, self._is_other = 0, False
+        self._left: dict[int, tuple[int, int]] = {}  # by requests: of plans that were left
 
     def begins_plan(self, num_requests: int) -> bool:
         """Return whether to plan in the step that begins; to be asked once per step."""
+        self._gone_back_to, self._is_other = 0, False
+        if _difference(num_requests, self._num_requests) >= _OTHER_BATCH:
+            self._change_to(num_requests)
         self._steps_left -= 1
         self._num_past += 1
-        ratio = num_requests / max(1, self._num_requests)
-        is_due = self._steps_left < 0 or not 1 / _OTHER_BATCH < ratio < _OTHER_BATCH
+        is_due = self._steps_left < 0
         if is_due:
             self._num_requests = num_requests
             self._num_plans += 1
         return is_due
+
+    def _change_to(self, num_requests: int) -> None:
+        if self._num_requests:
+            self._left[self._num_requests] = self._steps_left, self._num_past
+        nearest = min(self._left, key=lambda other: _difference(num_requests, other), default=0)
+        if nearest and _difference(num_requests, nearest) < _OTHER_BATCH:
+            self._num_requests = nearest
+            self._steps_left, self._num_past = self._left.pop(nearest)
+            self._gone_back_to = nearest
+        else:
+            self._num_requests, self._steps_left = num_requests, 0
+            self._is_other = True
+
+    @property
+    def gone_back_to(self) -> int:
+        """Requests of a plan that was left and goes on from this step on; 0 if there is none."""
+        return self._gone_back_to
+
+    @property
+    def is_other(self) -> bool:
+        """Whether there was no plan for a batch as large as this step's."""
+        return self._is_other
+
+    def drop_left(self) -> None:
+        """Have plans that were left made again: what they were made from has changed."""
+        self._left.clear()
 
     @property
     def period(self) -> int:
@@ -65,7 +92,7 @@ class Pace:
     @property
     def is_new(self) -> bool:
         """Whether plans are still made step by step."""
-        return self._num_plans <= _FIRST_PLANS
+        return self._num_plans <= FIRST_PLANS
 
     @property
     def is_settled(self) -> bool:
@@ -122,7 +149,7 @@ class Pace:
 
     def _lengthen(self, steps: float) -> None:
         """Space plans by so many steps; they become rarer by and by, the first ones know little."""
-        most = 1 if self._num_plans < _FIRST_PLANS else min(_MOST_STEPS, 2 * self._period)
+        most = 1 if self._num_plans < FIRST_PLANS else min(_MOST_STEPS, 2 * self._period)
         self._period = int(min(most, steps))
         self._steps_left, self._num_past = self._period - 1, 0
 
@@ -147,54 +174,9 @@ class Pace:
         self._steps_left = min(self._steps_left, max(self._steps_left // 2, least))
 
 
-def trial_steps(step_s: float) -> int:
-    """Return how many steps a trial has, if the first of them took so many seconds."""
-    return max(_LEAST_TRIAL_STEPS, min(_TRIAL_STEPS, int(_TRIAL_S / step_s)))
-
-
-class Trials:
-    """Says when to decode by another way than the best one for a few steps, and by which.
-
-    Args:
-        num_drafters: Each alone is a way, the first ones of all.
-    """
-
-    def __init__(self, num_drafters: int) -> None:
-        self._num_drafters = num_drafters
-        self._num_plans = self._num_since = self._num_trials = 0
-        self._is_new_text = True
-
-    def begin_text(self) -> None:
-        """Note that requests have begun, of which what is known need not hold."""
-        self._is_new_text = True
-
-    def is_due(self, *, is_plain: bool) -> bool:
-        """Return whether it is time; to be asked once per plan.
-
-        Args:
-            is_plain: Whether the plan is to decode plainly, which tells nothing about drafts.
-        """
-        self._num_plans += 1
-        self._num_since += 1
-        is_first = self._num_plans <= _FIRST_PLANS
-        every = 2 if is_first else 1 if is_plain and self._is_new_text else _TRIAL_EVERY
-        self._is_new_text = False
-        return self._num_since >= every
-
-    def pick(self, best: int, present: int | None) -> int | None:
-        """Return the way that is tried, None for plain decoding: every drafter has its turn.
-
-        Args:
-            best: The way to draft that is best by what is known.
-            present: The way that is used; None is plain decoding, beside which every second trial
-                is of the best way. Beside others it is of plain decoding.
-        """
-        self._num_since = 0
-        self._num_trials += 1
-        others = [way for way in range(self._num_drafters) if way != present]
-        if self._num_trials % 2 and others:
-            return others[self._num_trials // 2 % len(others)]
-        return best if present is None else None
+def _difference(one: int, other: int) -> float:
+    """Return how many times as large the larger of two batches is."""
+    return max(one, other) / max(1, min(one, other))
 
 
 class Probes:
@@ -254,11 +236,10 @@ class Probes:
 
 
 __all__ = [
+    "FIRST_PLANS",
     "PLANNING_S",
     "PLANNING_SHARE",
     "PROBING_SHARE",
     "Pace",
     "Probes",
-    "Trials",
-    "trial_steps",
 ]

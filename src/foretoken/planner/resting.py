@@ -24,7 +24,8 @@ class Rest:
         self._pace, self._probes = pace, probes
         self._steps_left = 0
         self._orders: list[Order] = []
-        self._planned: tuple[int, frozenset[tuple[float, tuple[str, ...]]]] = 0, frozenset()
+        # By requests: what kinds of them the last plan was for.
+        self._planned: dict[int, frozenset[tuple[float, tuple[str, ...]]]] = {}
 
     def begin(self, shares: Sequence[Share]) -> None:
         """Rest as long as plan and requests stay as they are, all of them decoding plainly."""
@@ -61,8 +62,8 @@ class Rest:
             is_plain: Whether the last plan was for plain decoding, and no trial.
         """
         kinds = frozenset((share.temperature, tuple(share.drafters)) for share in decoding)
-        before, self._planned = self._planned, (len(decoding), kinds)
-        if not is_plain or self._pace.is_new or self._probes.has_credit or before != self._planned:
+        before, self._planned[len(decoding)] = self._planned.get(len(decoding)), kinds
+        if not is_plain or self._pace.is_new or self._probes.has_credit or before != kinds:
             return True
         self._pace.go_on()
         return False

@@ -1,0 +1,102 @@
+"""When to decode by another way than the best one for a few steps, and by which."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from foretoken.planner.gains import Arm
+from foretoken.planner.pacing import FIRST_PLANS
+
+LEAST_LOSS = 0.01  # of its time that a trial is taken to waste at least
+_LARGEST_LOSS = 0.4  # of it that one may be expected to waste
+_EVERY = 3  # plans, of which one is replaced by another way if that is nearly as good
+# Small models' steps take about ten, or some milliseconds, until caches hold what another way of
+# decoding needs. The last two of them tell what the way costs.
+_STEPS, _LEAST_STEPS, _SECONDS = 12, 3, 0.02
+
+
+class Trials:
+    """Says when to try another way than the one that is used, and which.
+
+    Every drafter has its turn, and plain decoding beside drafts, the cheap ones more often. What
+    would lose too much alone is tried beside others: where two copy the same, a union costs hardly
+    more than its dearer part, and what each would have given alone is counted.
+
+    Args:
+        arms: Ways to draft.
+        labels: Of all drafters.
+    """
+
+    def __init__(self, arms: Sequence[Arm], labels: Sequence[str]) -> None:
+        self._plain = len(arms)  # plain decoding, as one more way
+        self._alone = [*(arms.index((label,)) for label in labels), self._plain]
+        self._unions = [
+            [way for way, arm in enumerate(arms) if label in arm and len(arm) > 1]
+            for label in labels
+        ] + [[]]
+        self._num_idle = [0] * len(self._alone)  # plans since their last trials
+        self._num_plans = self._num_since = self._num_trials = 0
+        self._is_new_text = True
+
+    def begin_text(self) -> None:
+        """Note that requests have begun, of which what is known need not hold."""
+        self._is_new_text = True
+
+    def is_due(self, *, is_plain: bool) -> bool:
+        """Return whether it is time; to be asked once per plan.
+
+        Args:
+            is_plain: Whether the plan is to decode plainly, which tells nothing about drafts.
+        """
+        self._num_plans += 1
+        self._num_idle = [idle + 1 for idle in self._num_idle]
+        self._num_since += 1
+        is_first = self._num_plans <= FIRST_PLANS
+        every = 2 if is_first else 1 if is_plain and self._is_new_text else _EVERY
+        self._is_new_text = False
+        return self._num_since >= every
+
+    def pick(self, rates: NDArray[np.float64], times_ms: NDArray[np.float64], present: int) -> int:
+        """Return the way that is tried; the present one if no other may be.
+
+        How often a way is tried goes with the root of what that costs: so least is lost between
+        knowing late what has become better and paying for trials. Beside plain decoding every
+        second trial is of the best way to draft.
+
+        Args:
+            rates: Tokens per time that each way promises, plain decoding the last, [A + 1].
+            times_ms: What a step takes, [A + 1].
+            present: The way that is used.
+        """
+        self._num_since = 0
+        self._num_trials += 1
+        losses = 1.0 - rates / rates[present]
+        if present == self._plain and self._num_trials % 2 == 0:
+            best = int(rates[:-1].argmax())
+            return best if losses[best] <= _LARGEST_LOSS else present
+        prices = times_ms * np.maximum(LEAST_LOSS, losses)
+        found: list[tuple[float, int, int]] = []
+        for turn, alone in enumerate(self._alone):
+            if alone == present:
+                self._num_idle[turn] = 0
+                continue
+            others = [alone, *(union for union in self._unions[turn] if union != present)]
+            way = alone if losses[alone] <= _LARGEST_LOSS else min(others, key=losses.__getitem__)
+            if losses[way] <= _LARGEST_LOSS:
+                found.append((self._num_idle[turn] ** 2 / prices[way], turn, way))
+        if not found:
+            return present
+        _, turn, way = max(found)
+        self._num_idle[turn] = 0
+        return way
+
+
+def trial_steps(step_s: float) -> int:
+    """Return how many steps a trial has, if the first of them took so many seconds."""
+    return max(_LEAST_STEPS, min(_STEPS, int(_SECONDS / step_s)))
+
+
+__all__ = ["LEAST_LOSS", "Trials", "trial_steps"]
