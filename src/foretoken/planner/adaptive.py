@@ -100,7 +100,7 @@ class AdaptivePlanner(Planner):
         self._present: Arm = ()  # what it prefers, which a trial may replace for some steps
         self._is_trial = self._is_new = False
         self._rate = 0.0  # tokens per millisecond that it promises
-        self._delivered = math.inf
+        self._delivered = math.inf  # those that it gives, if known
         self._least_prob = 0.0  # of a node beyond the plan's size that is worth its row
         self._is_idle = False  # nothing is drafted in this step, and nothing learned from it
         self._num_decoding = self._num_plans = self._num_probes = 0
@@ -254,7 +254,7 @@ class AdaptivePlanner(Planner):
         steps, because the first ones find the processor's caches full of something else.
         """
         self._is_new = self._choice[0] != self._present
-        if self._is_new:
+        if self._is_new or self._pace.is_other:
             self._delivered = math.inf
         self._present, self._is_trial = self._choice[0], False
         is_due = self._trials.is_due(is_plain=self._choice is PLAIN) and self._probe is None
