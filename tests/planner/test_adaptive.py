@@ -349,3 +349,20 @@ def test_what_was_planned_for_as_many_requests_goes_on_when_they_come_back():
     sizes = [size_for(count) for count in (1, 16) * 4]
     assert planner._num_plans - planned <= 2  # eight, as often as it is another batch
     assert min(sizes[::2]) > max(sizes[1::2])
+
+
+def test_a_plan_that_was_interrupted_is_made_again():
+    """Ctrl-C may come while a batch of another size is planned, and decoding go on after it."""
+    simulated = machine(SMALL, good=0.85)
+    planner = simulated.planner()
+    simulated.run(planner, num_requests=1, num_steps=50)
+    budget = DraftBudget(max_nodes=16, max_depth=16)
+    shares = [SimulatedShare(f"r{place}", ("model", "copy"), budget) for place in range(16)]
+    plan, planner._plan = planner._plan, None  # calling it is an error
+    with pytest.raises(TypeError):
+        planner.order(shares)
+    planner._plan = plan
+    before = planner._num_plans
+    planner.order(shares[:1])
+    planner.order(shares)
+    assert planner._num_plans > before

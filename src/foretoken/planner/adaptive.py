@@ -134,6 +134,8 @@ class AdaptivePlanner(Planner):
             self._step.orders = [self._order(share) for share in shares]
             self._step.own_s = self._clock() - start_s
             return self._step.orders
+        if is_due:  # the plan that holds is also the one for as many as there are now
+            self._plans[len(decoding)] = self._kept
         if self._choice is PLAIN and all(self._always.isdisjoint(it.drafters) for it in decoding):
             self._is_idle = not (self._is_trial or self._pace.is_settled)
             if self._is_idle and len(decoding) == len(shares):
@@ -144,13 +146,13 @@ class AdaptivePlanner(Planner):
     def _needs_plan(self, decoding: Sequence[Share]) -> bool:
         """Return whether a plan that is due may be another than the one that holds."""
         is_plain = self._choice is PLAIN and not self._is_trial
-        self._plans[len(decoding)] = self._kept
         return self._rest.needs_plan(decoding, is_plain=is_plain)
 
     def _go_back_to(self, num_requests: int, decoding: Sequence[Share]) -> None:
         """Go on with the plan that was made when there were as many requests before."""
         self._take_counts(decoding)
-        plan = self._kept = self._plans[num_requests]
+        # There is none where planning was interrupted; the last one goes on until it is done.
+        plan = self._kept = self._plans.get(num_requests, self._kept)
         self._num_decoding, self._delivered = num_requests, math.inf
         self._choice, self._rate, self._least_prob = plan.choice, plan.rate, plan.least_prob
         self._present, self._is_trial, self._probe = plan.choice[0], False, None
