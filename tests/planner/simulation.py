@@ -86,6 +86,7 @@ class Machine:
 
     def __post_init__(self):
         self.rng = random.Random(self.seed)
+        self.ms_of = dict.fromkeys(self.drafters, 0.0)
 
     def planner(self, *, max_nodes=16, curve=None):
         first_guess = dict.fromkeys(self.drafters, 0.4)

@@ -12,7 +12,7 @@ from foretoken.core.verdict import FinalKind, Verdict
 from foretoken.planner.adaptive import AdaptivePlanner
 from foretoken.planner.base import StepTimes
 from foretoken.planner.cost import CostCurve, CostModel
-from foretoken.planner.pacing import PROBING_SHARE
+from foretoken.planner.probing import PROBING_SHARE
 from tests.planner.simulation import RIGHT, Machine, SimulatedDrafter, SimulatedShare
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)

@@ -15,7 +15,7 @@ from foretoken.planner.acceptance import Acceptance, judged_nodes
 from foretoken.planner.cost_correction import Correction
 from foretoken.planner.experience import Experience
 from foretoken.planner.gains import Gains, list_arms, temperature_class
-from foretoken.planner.pacing import PLANNING_SHARE, PROBING_SHARE, Pace, Probes
+from foretoken.planner.pacing import PLANNING_SHARE, Pace
 
 # -- acceptance ----------------------------------------------------------------------------------
 
@@ -271,38 +271,6 @@ def test_a_first_plan_that_waited_for_its_code_does_not_space_the_next_ones():
             pass
         pace.planned(plan_s, plan_s + 0.04)
     assert pace.period == 4  # 0.4 ms each, 0.125 ms a step
-
-
-def test_trials_stay_under_their_share_and_take_turns():
-    probes, spent_s, tried = Probes(["a", "b", "c"]), 0.0, []
-    for _ in range(5000):
-        probes.earn(0.001)
-        label = probes.pick({"a"}, {"a", "b", "c"})
-        if label is not None:
-            tried.append(label)
-            probes.pay(0.0008, label)
-            spent_s += 0.0008
-    assert spent_s <= PROBING_SHARE * 5.0 + 0.006
-    assert "a" not in tried
-    assert abs(tried.count("b") - tried.count("c")) <= 1
-
-
-def test_trials_that_change_nothing_become_rarer():
-    probes, tried = Probes(["a", "b"]), []
-    for step in range(65):
-        probes.earn(1.0)
-        if probes.pick({"a"}, {"a", "b"}) is not None:
-            tried.append(step)
-    assert tried == [0, 2, 6, 14, 30, 46, 62]  # but not rarer and rarer: texts change
-    assert probes.pick({"b"}, {"a", "b"}) is not None  # "a" now
-    assert probes.pick({"a"}, {"a", "b"}) == "b"  # as after any other change
-
-
-def test_a_drafter_that_no_request_may_have_is_not_tried():
-    probes = Probes(["a", "b"])
-    probes.earn(1.0)
-    assert probes.pick(set(), {"b"}) == "b"
-    assert probes.pick(set(), set()) is None
 
 
 def test_a_plan_for_a_size_that_comes_back_goes_on_where_it_was_left():

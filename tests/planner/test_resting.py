@@ -3,7 +3,8 @@
 import pytest
 
 from foretoken.core.draft import DraftBudget
-from foretoken.planner.pacing import Pace, Probes
+from foretoken.planner.pacing import Pace
+from foretoken.planner.probing import Probes
 from foretoken.planner.resting import Rest
 from tests.planner.simulation import SimulatedShare
 

@@ -34,14 +34,14 @@ from foretoken.planner.gains import Arm, list_arms
 from foretoken.planner.holding import lost_s
 from foretoken.planner.learning import Learning
 from foretoken.planner.outlook import Formula, Outlook
-from foretoken.planner.pacing import Pace, Probes
+from foretoken.planner.pacing import Pace
+from foretoken.planner.probing import Probes
 from foretoken.planner.resting import Rest
 from foretoken.planner.trials import LEAST_LOSS, Trials, trial_steps
 
 _BEYOND_EVERY = 8  # planned steps, after as many at first, in which drafts are larger than planned
 _BEYOND_STEPS = 64  # after which every planned step may be one
 _FREE_GAIN = 0.02  # tokens; a drafter whose levels need bring no more works as long for several
-_PROBE_SIZES = (4, 1, 2)  # nodes of drafts that are only tried, in turn, to tell levels' cost
 
 
 class AdaptivePlanner(Planner):
@@ -103,9 +103,7 @@ class AdaptivePlanner(Planner):
         self._delivered = math.inf  # those that it gives, if known
         self._least_prob = 0.0  # of a node beyond the plan's size that is worth its row
         self._is_idle = False  # nothing is drafted in this step, and nothing learned from it
-        self._num_decoding = self._num_plans = self._num_probes = 0
-        self._probe: str | None = None
-        self._is_probe_wasted = False  # it had to read what it had missed first
+        self._num_decoding = self._num_plans = 0
         self._step: PlannedStep | None = None  # if this one is planned
         self._proposed: Sequence[Draft] = ()  # in this one, before anything was cut away
 
@@ -125,8 +123,8 @@ class AdaptivePlanner(Planner):
             self._go_back_to(self._pace.gone_back_to, decoding)
         if is_due and (self._pace.is_other or self._needs_plan(decoding)):
             start_s = self._clock()
-            wasted = (self._probe,) if self._is_probe_wasted and self._probe is not None else ()
-            self._step = PlannedStep(who_drafts(self._choices, wasted))
+            wasted = self._probes.label if self._probes.is_wasted else None
+            self._step = PlannedStep(who_drafts(self._choices, (wasted,) if wasted else ()))
             self._num_plans += 1
             self._take_counts(decoding)
             self._plan(decoding, self._step)
@@ -145,7 +143,7 @@ class AdaptivePlanner(Planner):
 
     def _needs_plan(self, decoding: Sequence[Share]) -> bool:
         """Return whether a plan that is due may be another than the one that holds."""
-        is_plain = self._choice is PLAIN and not self._is_trial
+        is_plain = self._choice is PLAIN and not (self._is_trial or self._probes.is_wasted)
         return self._rest.needs_plan(decoding, is_plain=is_plain)
 
     def _go_back_to(self, num_requests: int, decoding: Sequence[Share]) -> None:
@@ -155,7 +153,8 @@ class AdaptivePlanner(Planner):
         plan = self._kept = self._plans.get(num_requests, self._kept)
         self._num_decoding, self._delivered = num_requests, math.inf
         self._choice, self._rate, self._least_prob = plan.choice, plan.rate, plan.least_prob
-        self._present, self._is_trial, self._probe = plan.choice[0], False, None
+        self._present, self._is_trial = plan.choice[0], False
+        self._probes.cancel()
         self._holding.begin(plan.plain_rate)
         self._choices.clear()
         self._orders.clear()
@@ -181,10 +180,7 @@ class AdaptivePlanner(Planner):
         arm, size = self._choices.get(share.request_id, self._choice)
         order = {label: budget for label in share.drafters if label in self._always}
         order |= {it: self._bounds(it, size, budget) for it in arm if it in share.drafters}
-        if self._step is not None and self._probe is not None and self._probe in share.drafters:
-            size = _PROBE_SIZES[self._num_probes % len(_PROBE_SIZES)]
-            order[self._probe] = replace(budget, max_nodes=min(size, budget.max_nodes))
-        return order
+        return order | self._probes.order(share, budget) if self._step is not None else order
 
     def _bounds(self, label: str, size: int, budget: DraftBudget) -> DraftBudget:
         """Return the bounds of a drafter's draft for a request that is to have so many nodes."""
@@ -231,7 +227,8 @@ class AdaptivePlanner(Planner):
             twice = min(2 * size, len(step_ms) - 1)
             self._least_prob = self._rate * float(step_ms[twice] - step_ms[0]) / twice
         self._keep(Plan(self._choice, self._rate, plain_rate, self._least_prob))
-        self._choose_probe(decoding)
+        in_use = {label for arm, _ in self._choices.values() for label in arm}
+        self._probes.choose(in_use, decoding)
         self._choose_trial(decoding, outlook)
 
     def _keep(self, plan: Plan) -> None:
@@ -259,22 +256,13 @@ class AdaptivePlanner(Planner):
         if self._is_new or self._pace.is_other:
             self._delivered = math.inf
         self._present, self._is_trial = self._choice[0], False
-        is_due = self._trials.is_due(is_plain=self._choice is PLAIN) and self._probe is None
+        is_due = self._trials.is_due(is_plain=self._choice is PLAIN) and self._probes.label is None
         if is_due and self._probes.has_credit:
             present = self._arms.index(self._present)
             tried = self._trials.pick(outlook.rates, outlook.times_ms, present)
             self._is_trial = tried != present
             if self._is_trial:
                 self._choose_way(decoding, tried, outlook)
-
-    def _choose_probe(self, decoding: Sequence[Share]) -> None:
-        """Choose a drafter that nobody uses, if its time has come."""
-        in_use = {label for arm, _ in self._choices.values() for label in arm}
-        again, self._is_probe_wasted = self._is_probe_wasted, False
-        if again and self._probe not in in_use:
-            return
-        self._probe = self._probes.pick(in_use, {it for share in decoding for it in share.drafters})
-        self._num_probes += self._probe is not None
 
     # -- after drafting ----------------------------------------------------------------------
 
@@ -348,17 +336,17 @@ class AdaptivePlanner(Planner):
         for label, seconds, is_usual in self._learning.learn_drafting(
             seen, step.orders, step.at_work
         ):
-            if label == self._probe:
+            if label == self._probes.label:
                 # Its very first draft loads its code, which comes but once.
                 self._probes.pay(seconds if self._drafting.is_warm(label) else 0.0, label)
-                self._is_probe_wasted = not (is_usual or self._drafting.is_known(label))
+                self._probes.is_wasted = not (is_usual or self._drafting.is_known(label))
         if self._pace.is_settled and not has_prompts:
             learn_costs(self._cost, seen, step.own_s)
         step.own_s += self._clock() - start_s
         self._pace.planned(step.own_s, seen.times.total_s, is_new=self._is_new)
         if self._is_trial:
             self._pace.hold(trial_steps(seen.times.total_s))
-        if self._is_probe_wasted:
+        if self._probes.is_wasted:
             self._pace.hurry()
 
     def _learn_held(self, seen: Seen) -> None:

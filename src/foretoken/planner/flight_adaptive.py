@@ -8,8 +8,9 @@ from time import perf_counter
 from foretoken.planner.cost import CostCurve
 from foretoken.planner.flight_cost import FlightCosts
 from foretoken.planner.in_flight import FlightPlan, FlightPlanner, TickReport
-from foretoken.planner.pacing import PROBING_SHARE, Pace
+from foretoken.planner.pacing import Pace
 from foretoken.planner.pipeline_model import Check, flow, full_flight
+from foretoken.planner.probing import PROBING_SHARE
 from foretoken.planner.settling import Settling
 
 ADVANTAGE = 1.03  # how much better a plan has to be than the present one to replace it

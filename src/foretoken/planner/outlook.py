@@ -102,6 +102,7 @@ class Formula:
         """
         nodes = gains * able[:, :, None]
         best = _best_sizes(nodes, self._members, prices, step_ms, plain_ms)
+        best[:-1, 0] *= able.any(axis=0)  # a way that nobody may take promises nothing
         return Outlook(
             rates=best[:, 0],
             times_ms=best[:, 3],

@@ -1,13 +1,11 @@
-"""How often to plan and what to try: both have a price, kept under a share of all time."""
+"""How often to plan: planning has a price, kept under a share of all time."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
 
 PLANNING_SHARE = 0.005  # of the time of all steps, at most, for planning itself
 PLANNING_S = 125e-6  # for planning, at most, per request and step, however long steps are
-PROBING_SHARE = 0.01  # of it, at most, for drafters that are tried and not expected to pay
 
 FIRST_PLANS = 8  # are made step by step, however short steps are
 _MOST_STEPS = 128  # from one plan to the next
@@ -19,10 +17,6 @@ _LEARNED_EVERY = 32  # steps between plans
 _OTHER_BATCH = 1.5  # times as many requests as a plan was made for, or as few, want a new one
 _RATE = 0.1  # weight of the newest plan's price
 _OUTLIER = 4.0  # times what is usual; more counts as no more than that
-_FIRST_CREDIT = 4.0  # steps whose time may be spent on probing at once
-_MOST_CREDIT_S = 0.2
-_MOST_DEBT = 16.0  # steps whose time may be owed: code that a late trial loads comes but once
-_MOST_PATIENCE = 16.0  # planned steps between two trials of a drafter that was found wanting
 
 
 class Pace:
@@ -179,67 +173,9 @@ def _difference(one: int, other: int) -> float:
     return max(one, other) / max(1, min(one, other))
 
 
-class Probes:
-    """Says which drafter to try beside those that the plan has, as far as the time allows.
-
-    Args:
-        labels: Of all drafters to choose from.
-    """
-
-    def __init__(self, labels: Sequence[str]) -> None:
-        self._idle_steps = dict.fromkeys(labels, 0.0)  # in the order of trying
-        self._patience = dict.fromkeys(labels, 1.0)  # idle steps before the next trial
-        self._price_s = dict.fromkeys(labels, 0.0)
-        self._credit_s: float | None = None
-        self._most_debt_s = 0.0
-
-    def earn(self, seconds: float) -> None:
-        """Add the share of a step's time that may be spent."""
-        if self._credit_s is None:
-            self._credit_s, self._most_debt_s = _FIRST_CREDIT * seconds, _MOST_DEBT * seconds
-        self._credit_s = min(_MOST_CREDIT_S, self._credit_s + PROBING_SHARE * seconds)
-
-    def pick(self, in_use: Collection[str], able: Collection[str]) -> str | None:
-        """Return the drafter that has not drafted for longest, if its trial is due and can be paid.
-
-        Trials that change nothing become rarer by and by.
-
-        Args:
-            in_use: Drafters that need no trial.
-            able: Drafters that some request may have.
-        """
-        idle = self._idle_steps
-        for label in idle:
-            idle[label] += 1.0
-            if label in in_use:
-                idle[label], self._patience[label] = 0.0, 1.0
-        due = [it for it in idle if it in able and idle[it] >= self._patience[it]]
-        if not due or self._credit_s is None:
-            return None
-        label = max(due, key=idle.__getitem__)
-        if self._price_s[label] > self._credit_s:
-            return None
-        idle[label] = 0.0
-        self._patience[label] = min(2 * self._patience[label], _MOST_PATIENCE)
-        return label
-
-    @property
-    def has_credit(self) -> bool:
-        """Whether something may be tried whose price is not known before."""
-        return self._credit_s is not None and self._credit_s > 0
-
-    def pay(self, seconds: float, label: str | None = None) -> None:
-        """Subtract what a trial took, of a drafter if it was one."""
-        if label is not None:
-            self._price_s[label] = seconds
-        self._credit_s = max(-self._most_debt_s, (self._credit_s or 0.0) - seconds)
-
-
 __all__ = [
     "FIRST_PLANS",
     "PLANNING_S",
     "PLANNING_SHARE",
-    "PROBING_SHARE",
     "Pace",
-    "Probes",
 ]

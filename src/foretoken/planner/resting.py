@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from foretoken.planner.base import Order, Share
-from foretoken.planner.pacing import Pace, Probes
+from foretoken.planner.pacing import Pace
+from foretoken.planner.probing import Probes
 
 
 class Rest:

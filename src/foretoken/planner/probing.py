@@ -1,0 +1,119 @@
+"""Which drafter to try beside those in use: that has a price, kept under a share of all time."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+
+from foretoken.core.draft import DraftBudget
+from foretoken.planner.base import Order, Share
+
+PROBING_SHARE = 0.01  # of it, at most, for drafters that are tried and not expected to pay
+_FIRST_CREDIT = 4.0  # steps whose time may be spent on probing at once
+_MOST_CREDIT_S = 0.2
+_MOST_DEBT = 16.0  # steps whose time may be owed: code that a late trial loads comes but once
+_MOST_PATIENCE = 16.0  # planned steps between two trials of a drafter that was found wanting
+_SIZES = (4, 1, 2)  # nodes of drafts that are only tried, in turn, to tell levels' cost
+_MOST_REQUESTS = 4  # that have them
+
+
+class Probes:
+    """Says which drafter to try beside those that the plan has, as far as the time allows.
+
+    A few requests tell as much of it as many do, and cost less.
+
+    Args:
+        labels: Of all drafters to choose from.
+
+    Attributes:
+        label: Who is tried in a planned step; None if nobody is.
+        is_wasted: Whether it had to read what it had missed first, so that its time says little.
+    """
+
+    def __init__(self, labels: Sequence[str]) -> None:
+        self._idle_steps = dict.fromkeys(labels, 0.0)  # in the order of trying
+        self._patience = dict.fromkeys(labels, 1.0)  # idle steps before the next trial
+        self._price_s = dict.fromkeys(labels, 0.0)
+        self._credit_s: float | None = None
+        self._most_debt_s = 0.0
+        self._num_probes = 0
+        self._request_ids: frozenset[str] = frozenset()
+        self.label: str | None = None
+        self.is_wasted = False
+
+    def earn(self, seconds: float) -> None:
+        """Add the share of a step's time that may be spent."""
+        if self._credit_s is None:
+            self._credit_s, self._most_debt_s = _FIRST_CREDIT * seconds, _MOST_DEBT * seconds
+        self._credit_s = min(_MOST_CREDIT_S, self._credit_s + PROBING_SHARE * seconds)
+
+    def choose(self, in_use: Collection[str], decoding: Sequence[Share]) -> None:
+        """Choose a drafter that nobody uses, if its time has come; the last one if it was wasted.
+
+        Args:
+            in_use: Drafters that need no trial.
+            decoding: Requests that may be drafted for.
+        """
+        is_again, self.is_wasted = self.is_wasted, False
+        if is_again and self.label not in in_use:
+            return
+        self.label = self.pick(in_use, {it for share in decoding for it in share.drafters})
+        if self.label is not None:
+            able = [share.request_id for share in decoding if self.label in share.drafters]
+            first = _MOST_REQUESTS * self._num_probes % len(able)
+            self._request_ids = frozenset((able[first:] + able[:first])[:_MOST_REQUESTS])
+            self._num_probes += 1
+
+    def order(self, share: Share, budget: DraftBudget) -> Order:
+        """Return the order for who is tried, nobody for most requests.
+
+        Args:
+            share: A request.
+            budget: Its own bounds.
+        """
+        if self.label not in share.drafters or share.request_id not in self._request_ids:
+            return {}
+        size = _SIZES[self._num_probes % len(_SIZES)]
+        return {self.label: replace(budget, max_nodes=min(size, budget.max_nodes))}
+
+    def cancel(self) -> None:
+        """Try nobody."""
+        self.label = None
+
+    def pick(self, in_use: Collection[str], able: Collection[str]) -> str | None:
+        """Return the drafter that has not drafted for longest, if its trial is due and can be paid.
+
+        Trials that change nothing become rarer by and by.
+
+        Args:
+            in_use: Drafters that need no trial.
+            able: Drafters that some request may have.
+        """
+        idle = self._idle_steps
+        for label in idle:
+            idle[label] += 1.0
+            if label in in_use:
+                idle[label], self._patience[label] = 0.0, 1.0
+        due = [it for it in idle if it in able and idle[it] >= self._patience[it]]
+        if not due or self._credit_s is None:
+            return None
+        label = max(due, key=idle.__getitem__)
+        if self._price_s[label] > self._credit_s:
+            return None
+        idle[label] = 0.0
+        self._patience[label] = min(2 * self._patience[label], _MOST_PATIENCE)
+        return label
+
+    @property
+    def has_credit(self) -> bool:
+        """Whether something may be tried whose price is not known before."""
+        return self._credit_s is not None and self._credit_s > 0
+
+    def pay(self, seconds: float, label: str | None = None) -> None:
+        """Subtract what a trial took, of a drafter if it was one."""
+        if label is not None:
+            self._price_s[label] = seconds
+        self._credit_s = max(-self._most_debt_s, (self._credit_s or 0.0) - seconds)
+
+
+__all__ = ["PROBING_SHARE", "Probes"]
