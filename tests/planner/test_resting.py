@@ -47,12 +47,16 @@ def walk(pace, rest, num_steps):
     return seen
 
 
-def test_a_rest_misses_no_plan_and_no_step_to_learn_from():
+def test_a_rest_misses_no_plan_and_learns_from_two_steps_before_each():
     pace = settled_pace()
-    awake = walk(settled_pace(), None, 500)
-    assert sum(is_planned for is_planned, _ in awake) > 2
-    assert sum(is_settled for _, is_settled in awake) > 10
-    assert walk(pace, Rest(pace, Probes([])), 500) == awake
+    awake = walk(settled_pace(), None, 1000)
+    resting = walk(pace, Rest(pace, Probes([])), 1000)
+    plans = [step for step, (is_planned, _) in enumerate(awake) if is_planned]
+    assert len(plans) > 2
+    assert [step for step, (is_planned, _) in enumerate(resting) if is_planned] == plans
+    learned = {step for step, (_, is_settled) in enumerate(resting) if is_settled}
+    assert learned <= {step for step, (_, is_settled) in enumerate(awake) if is_settled}
+    assert learned.issuperset(plan - before for plan in plans for before in (1, 2))
 
 
 def test_most_plain_steps_are_rests():
@@ -65,7 +69,7 @@ def test_most_plain_steps_are_rests():
                 pace.planned(PLAN_S, STEP_S + PLAN_S)
             elif not pace.is_settled:
                 rest.begin(shares())
-    assert num_asked < 500 / 6
+    assert num_asked < 500 / 12
 
 
 @pytest.mark.parametrize("wakes", ["another number", "a request ends"])

@@ -8,7 +8,7 @@ PLANNING_SHARE = 0.005  # of the time of all steps, at most, for planning itself
 PLANNING_S = 125e-6  # for planning, at most, per request and step, however long steps are
 
 FIRST_PLANS = 8  # are made step by step, however short steps are
-_MOST_STEPS = 128  # from one plan to the next
+_MOST_STEPS = 256  # from one plan to the next
 _HASTE = 4.0  # times as often as their price allows, at most, plans come where texts change ...
 _CALM, _LEAST_HASTE = 0.8, 2.0  # ... and less often with each that changes nothing, down to this
 _CHEAP = 2.0  # steps over which a plan is to be spread that can be left out of account
@@ -102,11 +102,14 @@ class Pace:
         return is_usual and (self._steps_left < 2 or self._steps_left % _LEARNED_EVERY == 0)
 
     def pass_quiet_steps(self) -> int:
-        """Let the steps pass that follow this one, up to the first that is to be learned from."""
+        """Let the steps pass that follow this one, up to the last two before the next plan.
+
+        These are learned from. A step of plain decoding that is takes a fifth longer than one
+        that is not, beside a small model, so one in thirty would be most of what planning takes.
+        """
         if self._price <= _CHEAP:
             return 0
-        left = self._steps_left
-        num_steps = max(0, left % _LEARNED_EVERY - 1 if left >= _LEARNED_EVERY else left - 2)
+        num_steps = max(0, self._steps_left - 2)
         self.take_back(-num_steps)
         return num_steps
 

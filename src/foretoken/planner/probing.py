@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from foretoken.core.draft import DraftBudget
-from foretoken.planner.base import Order, Share
+from foretoken.planner.base import Share
 
 PROBING_SHARE = 0.01  # of it, at most, for drafters that are tried and not expected to pay
 _FIRST_CREDIT = 4.0  # steps whose time may be spent on probing at once
@@ -64,17 +64,20 @@ class Probes:
             self._request_ids = frozenset((able[first:] + able[:first])[:_MOST_REQUESTS])
             self._num_probes += 1
 
-    def order(self, share: Share, budget: DraftBudget) -> Order:
+    def order(self, share: Share, budget: DraftBudget) -> dict[str, DraftBudget]:
         """Return the order for who is tried, nobody for most requests.
 
         Args:
             share: A request.
             budget: Its own bounds.
         """
-        if self.label not in share.drafters or share.request_id not in self._request_ids:
+        label = self.label
+        if label is None or label not in share.drafters:
+            return {}
+        if share.request_id not in self._request_ids:
             return {}
         size = _SIZES[self._num_probes % len(_SIZES)]
-        return {self.label: replace(budget, max_nodes=min(size, budget.max_nodes))}
+        return {label: replace(budget, max_nodes=min(size, budget.max_nodes))}
 
     def cancel(self) -> None:
         """Try nobody."""
