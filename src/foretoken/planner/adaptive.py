@@ -344,6 +344,9 @@ class AdaptivePlanner(Planner):
             learn_costs(self._cost, seen, step.own_s)
         step.own_s += self._clock() - start_s
         self._pace.planned(step.own_s, seen.times.total_s, is_new=self._is_new)
+        if not (self._present or self._pace.is_new):
+            # Where nobody drafts, plans are made for what is tried, and are part of its price.
+            self._probes.pay(self._pace.plan_s)
         if self._is_trial:
             self._pace.hold(trial_steps(seen.times.total_s))
         if self._probes.is_wasted:

@@ -84,6 +84,11 @@ class Pace:
         return self._period
 
     @property
+    def plan_s(self) -> float:
+        """Seconds that a plan takes."""
+        return self._plan_s
+
+    @property
     def is_new(self) -> bool:
         """Whether plans are still made step by step."""
         return self._num_plans <= FIRST_PLANS
