@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from dataclasses import replace
-from statistics import harmonic_mean
+from statistics import harmonic_mean, mean
 
 import numpy as np
 import pytest
@@ -78,15 +78,15 @@ def test_drafts_that_become_bad_are_left_out(name, num_requests):
     assert over_plain > 0.94
 
 
-def test_of_two_drafters_that_copy_the_same_the_cheap_one_is_found():
-    """Both together were taken for better than each: only what was in use was counted.
+def test_two_drafters_that_copy_the_same_give_as_much_as_the_cheap_one_alone():
+    """Stories that neither can copy, then many texts that both can.
 
-    Stories that neither can copy, then many texts that both can. One takes four times as long as
-    the other, and was used, beside the other, until the end in three of these seeds.
+    One takes four times as long as the other. Which of them is used is luck in so few texts, and
+    it is a matter of a twentieth: the dear one alone has 0.94 of the cheap one.
     """
 
-    def spent(seed):
-        simulated = Machine(
+    def simulated(seed):
+        return Machine(
             SMALL,
             {
                 "model": SimulatedDrafter(0.6, level_ms=0.05),
@@ -95,18 +95,19 @@ def test_of_two_drafters_that_copy_the_same_the_cheap_one_is_found():
             },
             seed=seed,
         )
-        planner = simulated.planner()
-        stories = {"model": 0.6, "quick": 0.02, "slow": 0.15}
-        simulated.run_texts(planner, [stories] * 40, num_tokens=64)
-        copies = {"model": 0.3, "quick": 0.85, "slow": 0.85}
-        simulated.run_texts(planner, [copies] * 80, num_tokens=64)
-        return simulated.ms_of
 
-    spent_ms = [spent(seed) for seed in range(4)]
-    assert sum(ms["slow"] < ms["quick"] for ms in spent_ms) >= 3
+    stories = [{"model": 0.6, "quick": 0.02, "slow": 0.15}] * 40
+    copies = [{"model": 0.3, "quick": 0.85, "slow": 0.85}] * 80
 
+    def ratio(seed):
+        machine = simulated(seed)
+        planner = machine.planner()
+        machine.run_texts(planner, stories, num_tokens=64)
+        rates = machine.run_texts(planner, copies, num_tokens=64)
+        best = simulated(seed).run_texts(FixedSize(["quick"], 8), copies, num_tokens=64)
+        return harmonic_mean(rates[40:]) / harmonic_mean(best[40:])
 
-# -- the parts ---------------------------------------------------------------------------------
+    assert mean(map(ratio, range(8))) > 0.95
 
 
 def gains_of(*, first=0.5, num_requests=1):

@@ -126,6 +126,7 @@ class AdaptivePlanner(Planner):
             wasted = self._probes.label if self._probes.is_wasted else None
             self._step = PlannedStep(who_drafts(self._choices, (wasted,) if wasted else ()))
             self._num_plans += 1
+            self._wake()
             self._take_counts(decoding)
             self._plan(decoding, self._step)
             self._orders.clear()
@@ -135,7 +136,7 @@ class AdaptivePlanner(Planner):
         if is_due:  # the plan that holds is also the one for as many as there are now
             self._plans[len(decoding)] = self._kept
         if self._choice is PLAIN and all(self._always.isdisjoint(it.drafters) for it in decoding):
-            self._is_idle = not (self._is_trial or self._pace.is_settled)
+            self._is_idle = not self._pace.is_cheap
             if self._is_idle and len(decoding) == len(shares):
                 self._rest.begin(shares)
             return [{}] * len(shares)
@@ -148,6 +149,7 @@ class AdaptivePlanner(Planner):
 
     def _go_back_to(self, num_requests: int, decoding: Sequence[Share]) -> None:
         """Go on with the plan that was made when there were as many requests before."""
+        self._wake()
         self._take_counts(decoding)
         # There is none where planning was interrupted; the last one goes on until it is done.
         plan = self._kept = self._plans.get(num_requests, self._kept)
@@ -158,6 +160,13 @@ class AdaptivePlanner(Planner):
         self._holding.begin(plan.plain_rate)
         self._choices.clear()
         self._orders.clear()
+
+    def _wake(self) -> None:
+        """Learn what a rest took; if it was a trial, pay what it lost."""
+        rest_s = self._rest.teach(self._cost)
+        if self._is_trial and rest_s:
+            lost = 1.0 - self._holding.plain_rate / min(self._rate, self._delivered)
+            self._probes.pay(max(LEAST_LOSS, lost) * rest_s)
 
     def _take_counts(self, decoding: Sequence[Share]) -> None:
         """Learn what came of the plan that held until now."""
@@ -311,6 +320,7 @@ class AdaptivePlanner(Planner):
         """Learn what was kept, and what it took."""
         if self._is_idle:
             self._probes.earn(times.total_s)
+            self._rest.note(times)
             return
         seen = Seen(shares, self._proposed, scored, verdicts, times)
         has_prompts = seen.has_prompts

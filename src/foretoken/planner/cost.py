@@ -26,6 +26,7 @@ from foretoken.errors import ConfigError
 from foretoken.planner.cost_correction import Correction
 from foretoken.planner.cost_running import RunningCost
 
+_MOST_TIMES = 16  # that the mean of many counts for, of what is around passes
 NOTICEABLE = 0.02  # the correction that tables carry is kept until it is wrong by so much
 BEYOND = 4  # times the rows that were measured: the curve goes on, and passes still teach
 KEYS_STEP = 16  # tables are made for multiples of so many positions per request
@@ -244,6 +245,23 @@ class CostModel:
         is_off = abs(correction.level - level) + most * abs(correction.slope - slope) > NOTICEABLE
         if is_off:
             self._applied = correction.level, correction.slope
+
+    def observe_plain(
+        self, num_requests: int, num_keys: int, pass_s: float, rest_s: float, num_steps: int
+    ) -> None:
+        """Learn what some steps of plain decoding took in the mean.
+
+        Args:
+            num_requests: Of each step.
+            num_keys: Positions that its rows look back on.
+            pass_s: Its pass.
+            rest_s: All but its pass.
+            num_steps: How many they were.
+        """
+        curve_ms = self._curve_ms(num_requests, num_keys, num_requests)
+        ratio = 1000.0 * pass_s / curve_ms
+        self._correction.observe(num_requests, ratio, is_plain=True, num_passes=num_steps)
+        self._plain_overhead.observe(num_requests, 0, rest_s, num_times=min(num_steps, _MOST_TIMES))
 
     def _curve_ms(self, num_rows: int, num_keys: int, num_requests: int) -> float:
         if not 0 < num_rows < len(self._fixed):

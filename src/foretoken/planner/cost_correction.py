@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-NOISE = 0.01  # variance of the logarithm of a pass's time about what was expected
+NOISE = 0.01  # variance of the logarithm of a pass's time about what was expected ...
+LEAST_NOISE = 5e-4  # ... and of the mean of however many
 LEVEL_DRIFT = 3e-4  # added variance of the level with each pass: about 6 passes count
 SLOPE_DRIFT = 3e-6  # and of the slope, which hardly changes
-PLAIN_DRIFT = 1e-6  # and of what sets plain decoding apart
+PLAIN_DRIFT = 1e-5  # and of what sets plain decoding apart
 LEVEL_VARIANCE, SLOPE_VARIANCE, PLAIN_VARIANCE = 1.0, 0.005, 0.02  # before the first pass
 OUTLIER = 2.5  # standard deviations from what was expected; more counts as no more than this ...
 MOST_DEVIATION = 0.7  # ... and the first times, of which nothing is expected, as no more than this
@@ -35,14 +36,20 @@ class Filter:
             [variances[row] if row == column else 0.0 for column in places] for row in places
         ]
 
-    def observe(self, weights: Sequence[float], value: float) -> None:
-        """Learn from one observation; one far from what was expected says little."""
+    def observe(self, weights: Sequence[float], value: float, noise: float = NOISE) -> None:
+        """Learn from one observation; one far from what was expected says little.
+
+        Args:
+            weights: Of the numbers.
+            value: Observed.
+            noise: Its variance.
+        """
         state, covariance = self.state, self._covariance
         for place, drift in enumerate(self._drifts):
             value -= weights[place] * state[place]
             covariance[place][place] += drift
         gains = [sum(map(float.__mul__, row, weights)) for row in covariance]
-        total = sum(map(float.__mul__, gains, weights)) + NOISE
+        total = sum(map(float.__mul__, gains, weights)) + noise
         limit = min(MOST_DEVIATION, OUTLIER * math.sqrt(total))
         value = max(-limit, min(limit, value))
         for place, gain in enumerate(gains):
@@ -85,10 +92,13 @@ class Correction:
         level, slope, plain = self._filter.state
         return math.exp(level + slope * math.log(num_rows) + plain * is_plain)
 
-    def observe(self, num_rows: int, ratio: float, *, is_plain: bool = False) -> None:
-        """Learn how much longer than the curve says a pass took."""
+    def observe(
+        self, num_rows: int, ratio: float, *, is_plain: bool = False, num_passes: int = 1
+    ) -> None:
+        """Learn how much longer than the curve says a pass took, or some did in the mean."""
         weights = (1.0, math.log(num_rows), float(is_plain))
-        self._filter.observe(weights, math.log(max(ratio, 1e-3)))
+        noise = max(LEAST_NOISE, NOISE / num_passes)
+        self._filter.observe(weights, math.log(max(ratio, 1e-3)), noise)
 
 
 __all__ = ["Correction", "Filter"]

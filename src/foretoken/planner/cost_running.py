@@ -26,8 +26,8 @@ class RunningCost:
         self._per_first = self._per_second = 0.0
         self._is_solved = True
 
-    def observe(self, first: float, second: float, seconds: float) -> None:
-        """Learn from one observation."""
+    def observe(self, first: float, second: float, seconds: float, num_times: int = 1) -> None:
+        """Learn from one observation, or the mean of several that were alike."""
         ms = 1000.0 * seconds
         if self._num_seen >= NUM_TRUSTED:
             # By the parts last worked out, which is cheap. The mean too: where nothing was
@@ -35,15 +35,16 @@ class RunningCost:
             expected_ms = self._per_first * first + self._per_second * second
             ms = min(ms, LARGEST_RATIO * max(self._mean_ms, expected_ms))
         xx, xy, yy, xt, yt = self._sums
+        decay = DECAY**num_times
         self._sums = (
-            DECAY * xx + first * first,
-            DECAY * xy + first * second,
-            DECAY * yy + second * second,
-            DECAY * xt + first * ms,
-            DECAY * yt + second * ms,
+            decay * xx + num_times * first * first,
+            decay * xy + num_times * first * second,
+            decay * yy + num_times * second * second,
+            decay * xt + num_times * first * ms,
+            decay * yt + num_times * second * ms,
         )
-        self._num_seen += 1
-        self._mean_ms += (ms - self._mean_ms) * max(1.0 - DECAY, 1.0 / self._num_seen)
+        self._num_seen += num_times
+        self._mean_ms += (ms - self._mean_ms) * max(1.0 - decay, num_times / self._num_seen)
         self._is_solved = False
 
     @property

@@ -40,6 +40,9 @@ class Holding:
 
     Args:
         always: Drafters whose tokens are no merit of any plan.
+
+    Attributes:
+        plain_rate: Tokens per millisecond that plain decoding is expected to give.
     """
 
     def __init__(self, always: Collection[str]) -> None:
@@ -52,7 +55,7 @@ class Holding:
         Args:
             plain_rate: Tokens per millisecond that plain decoding is expected to give.
         """
-        self._plain_rate = plain_rate
+        self.plain_rate = plain_rate
         self._counts: dict[str, Counts] = {}
         self._num_steps = self._num_tokens = 0
         self._ms = 0.0
@@ -89,7 +92,7 @@ class Holding:
     def is_wanting(self) -> bool:
         """Whether plain decoding would likely have given more, so that a new plan is due."""
         is_known = self._num_steps >= _LEAST_STEPS
-        return is_known and self._num_tokens < _WANTING * self._plain_rate * self._ms
+        return is_known and self._num_tokens < _WANTING * self.plain_rate * self._ms
 
     @property
     def rate(self) -> float | None:

@@ -94,6 +94,11 @@ class Pace:
         return self._num_plans <= FIRST_PLANS
 
     @property
+    def is_cheap(self) -> bool:
+        """Whether planning is nothing beside a step."""
+        return self._price <= _CHEAP
+
+    @property
     def is_settled(self) -> bool:
         """Whether this step's time is one to learn from.
 
@@ -101,20 +106,16 @@ class Pace:
         longer for a while after either. Of many such steps some will do. Beside large steps
         planning is nothing.
         """
-        if self._price <= _CHEAP:
+        if self.is_cheap:
             return True
         is_usual = 0 <= self._steps_left < self._period - _UNSETTLED_STEPS
         return is_usual and (self._steps_left < 2 or self._steps_left % _LEARNED_EVERY == 0)
 
     def pass_quiet_steps(self) -> int:
-        """Let the steps pass that follow this one, up to the last two before the next plan.
-
-        These are learned from. A step of plain decoding that is takes a fifth longer than one
-        that is not, beside a small model, so one in thirty would be most of what planning takes.
-        """
-        if self._price <= _CHEAP:
+        """Let the steps pass that follow this one, up to the next plan."""
+        if self.is_cheap:
             return 0
-        num_steps = max(0, self._steps_left - 2)
+        num_steps = max(0, self._steps_left)
         self.take_back(-num_steps)
         return num_steps
 
