@@ -22,6 +22,7 @@ from foretoken.planner.choices import (
     are_ample,
     ids_of,
     keep_best,
+    load,
     longer,
     share_out,
     ways_of,
@@ -56,8 +57,8 @@ class AdaptivePlanner(Planner):
     corrected by what came of them.
 
     Planning takes time, so it is done in every so many steps that it stays under a stated share
-    of it; in between the last plan holds. A drafter that the plan leaves out is tried now and
-    then, under a stated share of the time too (`planner/pacing.py`).
+    of it; in between the last plan holds. What it leaves out is tried now and then, under a
+    stated share too (`planner/pacing.py`, `planner/trials.py`).
 
     Args:
         cost: Of the target's passes.
@@ -106,6 +107,7 @@ class AdaptivePlanner(Planner):
         self._num_decoding = self._num_plans = 0
         self._step: PlannedStep | None = None  # if this one is planned
         self._proposed: Sequence[Draft] = ()  # in this one, before anything was cut away
+        load()
 
     # -- before drafting ---------------------------------------------------------------------
 
@@ -116,8 +118,7 @@ class AdaptivePlanner(Planner):
             return orders
         decoding = [share for share in shares if share.budget is not None]
         self._step, self._is_idle = None, False
-        # Where nobody may have a drafter there is nothing to plan.
-        has_choice = any(share.drafters for share in decoding)
+        has_choice = any(share.drafters for share in decoding)  # or there is nothing to plan
         is_due = has_choice and self._pace.begins_plan(len(decoding))
         if has_choice and self._pace.gone_back_to:
             self._go_back_to(self._pace.gone_back_to, decoding)

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from foretoken.core.draft import Draft, DraftBudget, source_names
+from foretoken.core.jit import jit
 from foretoken.core.verdict import Verdict
 from foretoken.planner.base import Order, Share, StepTimes
 from foretoken.planner.gains import Arm
@@ -77,6 +78,13 @@ class Seen:
         return any(share.num_rows > 1 for share in self.shares)
 
 
+def load() -> None:
+    """Have what is compiled here compiled, or found in the cache, before a step waits for it."""
+    nodes = np.zeros((1, 2, 1))
+    _shares_of_best(nodes[:, 0], 1)
+    _best_count(nodes[0, 0], 1, np.ones(2))
+
+
 def ways_of(decoding: Sequence[Share], arms: Sequence[Arm]) -> NDArray[np.bool_]:
     """Return which requests may have all drafters of which way, [B, A]."""
     able = {
@@ -123,8 +131,7 @@ def share_out(
         nodes: What its nodes are worth, [B, N].
         num_best: Nodes to share out; more, where several are worth as much as the last.
     """
-    least = np.partition(nodes, nodes.size - num_best, axis=None)[nodes.size - num_best]
-    sizes = (nodes >= least).sum(axis=1).tolist()
+    sizes = _shares_of_best(nodes, num_best).tolist()
     return {
         request_id: (arm, size) if size else PLAIN
         for request_id, size in zip(ids_of(shares), sizes, strict=True)
@@ -153,18 +160,41 @@ def keep_best(
         for node, prob in enumerate(own)
         if node and node not in kept
     ]
-    ordered = np.sort(pooled)[::-1]
-    tokens = num_requests + np.concatenate(([0.0], np.cumsum(ordered)))
-    num_best = int((tokens / cost_ms).argmax())
+    num_best, least = _best_count(np.array(pooled), num_requests, cost_ms)
     if num_best == len(pooled):
         return list(drafts)
-    least = ordered[num_best - 1] if num_best else np.inf
     return [
         draft.keep(
             [node for node, prob in enumerate(own) if not node or prob >= least or node in kept]
         )
         for draft, own, kept in zip(drafts, probs, scouts, strict=True)
     ]
+
+
+@jit
+def _shares_of_best(nodes: NDArray[np.float64], num_best: int) -> NDArray[np.int64]:
+    """Return how many of each row's nodes are among the best, those worth as much as the last."""
+    least = np.sort(nodes.ravel())[nodes.size - num_best]
+    sizes = np.zeros(len(nodes), np.int64)
+    for row in range(len(nodes)):
+        for worth in nodes[row]:
+            sizes[row] += worth >= least
+    return sizes
+
+
+@jit
+def _best_count(
+    probs: NDArray[np.float64], num_requests: int, cost_ms: NDArray[np.float64]
+) -> tuple[int, float]:
+    """Return how many of the likeliest nodes to keep, and the probability of the last of them."""
+    ascending = np.sort(probs)
+    tokens = float(num_requests)
+    num_best, least, best = 0, np.inf, tokens / cost_ms[0]
+    for count in range(1, len(probs) + 1):
+        tokens += ascending[-count]
+        if tokens / cost_ms[count] > best:
+            num_best, least, best = count, ascending[-count], tokens / cost_ms[count]
+    return num_best, least
 
 
 def longer(size: int) -> int:
@@ -196,6 +226,7 @@ __all__ = [
     "are_ample",
     "ids_of",
     "keep_best",
+    "load",
     "longer",
     "share_out",
     "ways_of",

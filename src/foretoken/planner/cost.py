@@ -188,6 +188,7 @@ class CostModel:
         self._overhead = RunningCost()
         self._plain_overhead = RunningCost()
         self._drafts: dict[str, RunningCost] = {}
+        self.step_table(1, 0, 1)  # compiled, or found in the cache, before a step waits for it
 
     def factor(self, num_rows: int) -> float:
         """Return how much slower than the curve passes over so many rows are now."""
@@ -214,10 +215,7 @@ class CostModel:
             if parts is None:
                 parts = self.curve.split_table(max_rows, num_requests)
                 self._parts[max_rows, num_requests] = parts
-            level, slope = self._applied
-            factor = np.exp(level + slope * np.log(np.arange(1, max_rows + 1)))
-            self._table = parts[0] + parts[1] * num_keys
-            self._table[1:] *= factor
+            self._table = _row_times(*parts, num_keys, *self._applied)
             self._table.flags.writeable = False
             self._table_key = key
         return self._table
@@ -339,6 +337,22 @@ class CostModel:
         """Return the expected time of a drafter in one step; 0 if it was never seen."""
         running = self._drafts.get(drafter)
         return 0.0 if running is None else running.expect_ms(num_requests, num_levels)
+
+
+@jit
+def _row_times(
+    fixed: NDArray[np.float64],
+    per_key: NDArray[np.float64],
+    num_keys: int,
+    level: float,
+    slope: float,
+) -> NDArray[np.float64]:
+    """Return times of passes over 0, 1, ... rows: those of the curve, corrected."""
+    times = np.zeros(len(fixed))
+    for num_rows in range(1, len(fixed)):
+        factor = math.exp(level + slope * math.log(num_rows))
+        times[num_rows] = factor * (fixed[num_rows] + per_key[num_rows] * num_keys)
+    return times
 
 
 @jit

@@ -164,7 +164,7 @@ class Experience:
                     for names, prob in zip(sources, probs, strict=True)
                     if any(label in names for label in arm)
                 ]
-                worth = np.sort(own)[::-1]
+                worth = np.array(sorted(own, reverse=True))
                 num_asked = max(order[label].max_nodes for label in arm)
                 self._gains.learn(_request(share), index, worth, min(num_asked, self._max_nodes))
 

@@ -8,7 +8,7 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import NDArray
 
-from foretoken.core.jit import jit
+from foretoken.core.jit import jit, jit_borrowing
 
 MOST_PAIRED = 4  # drafters up to which every two of them are a way of their own
 
@@ -76,6 +76,11 @@ class Gains:
         self._num_counted = np.zeros((0, len(self.arms)))  # steps of a request
         self._rows: dict[str, tuple[int, int]] = {}
         self._free: list[int] = []
+        # Compiled, or found in the cache, before a step waits for it.
+        none, counts = np.zeros((1, *prior.shape)), np.zeros((1, len(prior)))
+        _blend(none, counts, 0, 0, np.zeros(1), 1, _RATE_OF_ALL)
+        _scale(none, 0, 0, 1.0, 1, 1, 0)
+        _bounded(none, np.zeros(1, np.int64), self._parts)
 
     def of(self, requests: Sequence[tuple[str, int]]) -> NDArray[np.float64]:
         """Return the expected tokens of the nodes of some requests' drafts, [B, A, N].
@@ -102,16 +107,12 @@ class Gains:
             num_asked: Nodes that it could have had; at most N.
         """
         row, kind = self._row(*request)
-        probs = probs[:num_asked]
+        asked = probs[:num_asked]
         for gains, counts, at, least in (
             (self._of_request, self._counts, row, _RATE_OF_REQUEST),
             (self._of_all, self._all_counts, kind, _RATE_OF_ALL),
         ):
-            counts[at, arm] += 1
-            rate = max(least, 1.0 / (counts[at, arm] + _PRIOR_DRAFTS))
-            asked = gains[at, arm, :num_asked]
-            asked *= 1.0 - rate
-            asked[: len(probs)] += rate * probs
+            _blend(gains, counts, at, arm, asked, num_asked, least)
 
     def learn_count(
         self, request: tuple[str, int], arm: int, num_asked: int, num_steps: int, num_taken: int
@@ -135,20 +136,9 @@ class Gains:
         first = num_steps / (self._num_counted[row, arm] + _PRIOR_STEPS)
         usual = 1.0 - (1.0 - _RATE_OF_COUNT) ** num_steps
         for_all = min(_MOST_OF_COUNTS, 1.0 - (1.0 - _RATE_OF_COUNT_FOR_ALL) ** num_steps)
-        self._scale(self._of_all[kind, arm], for_all, num_asked, num_steps, num_taken)
-        own = self._of_request[row, arm]
-        return self._scale(own, max(first, usual), num_asked, num_steps, num_taken)
-
-    @staticmethod
-    def _scale(
-        gains: NDArray[np.float64], rate: float, num_asked: int, num_steps: int, num_taken: int
-    ) -> float:
-        """Scale gains in place by counted tokens, with a weight; return by how much."""
-        expected = num_steps * float(gains[:num_asked].sum())
-        ratio = (num_taken + _PRIOR_TOKENS) / (expected + _PRIOR_TOKENS)
-        factor = min(_LARGEST_CHANGE, 1.0 + rate * (ratio - 1.0))
-        np.minimum(gains * factor, 1.0, out=gains)
-        return factor
+        _scale(self._of_all, kind, arm, for_all, num_asked, num_steps, num_taken)
+        rate = max(float(first), usual)
+        return _scale(self._of_request, row, arm, rate, num_asked, num_steps, num_taken)
 
     def forget(self, request_id: str) -> None:
         """Forget a request; what was learned from it for others stays."""
@@ -190,6 +180,46 @@ def _prior_gains(arm: Arm, max_nodes: int, first_guess: Mapping[str, float]) -> 
     missed = np.prod([1.0 - first_guess[label] for label in arm])
     gains: NDArray[np.float64] = (1.0 - missed) ** np.arange(1, max_nodes + 1)
     return gains
+
+
+@jit_borrowing
+def _blend(
+    gains: NDArray[np.float64],
+    counts: NDArray[np.float64],
+    at: int,
+    arm: int,
+    probs: NDArray[np.float64],
+    num_asked: int,
+    least_rate: float,
+) -> None:
+    """Count one draft, and move the means of the nodes that were asked for towards its own."""
+    counts[at, arm] += 1
+    rate = max(least_rate, 1.0 / (counts[at, arm] + _PRIOR_DRAFTS))
+    for node in range(num_asked):
+        gains[at, arm, node] *= 1.0 - rate
+        if node < len(probs):
+            gains[at, arm, node] += rate * probs[node]
+
+
+@jit_borrowing
+def _scale(
+    gains: NDArray[np.float64],
+    at: int,
+    arm: int,
+    rate: float,
+    num_asked: int,
+    num_steps: int,
+    num_taken: int,
+) -> float:
+    """Scale gains in place by counted tokens, with a weight; return by how much."""
+    expected = 0.0
+    for node in range(num_asked):
+        expected += num_steps * gains[at, arm, node]
+    ratio = (num_taken + _PRIOR_TOKENS) / (expected + _PRIOR_TOKENS)
+    factor = min(_LARGEST_CHANGE, 1.0 + rate * (ratio - 1.0))
+    for node in range(gains.shape[2]):
+        gains[at, arm, node] = min(gains[at, arm, node] * factor, 1.0)
+    return factor
 
 
 @jit

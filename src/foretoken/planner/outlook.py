@@ -93,22 +93,21 @@ class Formula:
         """Return what every way promises.
 
         Args:
-            gains: Expected tokens of the nodes of each request's draft, best first, [B, A, N].
+            gains: Expected tokens of the nodes of each request's draft, best first, [B, A, N]; set
+                to nothing where a request may not draft so.
             able: Which requests may draft in which way, [B, A].
             prices: Of each drafter: the time of a draft without levels, that of a level, both in
                 milliseconds, and the usual number of levels, [L, 3].
             step_ms: Of a step with 0 to B * N draft tokens, drafting not counted, [1 + B * N].
             plain_ms: Of a step of plain decoding.
         """
-        nodes = gains * able[:, :, None]
-        best = _best_sizes(nodes, self._members, prices, step_ms, plain_ms)
-        best[:-1, 0] *= able.any(axis=0)  # a way that nobody may take promises nothing
+        best = _best_sizes(gains, able, self._members, prices, step_ms, plain_ms)
         return Outlook(
             rates=best[:, 0],
             times_ms=best[:, 3],
             sizes=best[:-1, 1].astype(np.int64),
             draft_ms=best[:-1, 2],
-            nodes=nodes,
+            nodes=gains,
             num_drafters=self._num_drafters,
         )
 
@@ -116,6 +115,7 @@ class Formula:
 @jit
 def _best_sizes(
     nodes: NDArray[np.float64],
+    able: NDArray[np.bool_],
     members: NDArray[np.bool_],
     prices: NDArray[np.float64],
     step_ms: NDArray[np.float64],
@@ -129,9 +129,15 @@ def _best_sizes(
     result[num_arms, 0], result[num_arms, 3] = num_requests / plain_ms, plain_ms
     pooled = np.empty(most)
     for arm in range(num_arms):
+        is_possible = False
         for request in range(num_requests):
+            is_possible |= able[request, arm]
+            if not able[request, arm]:
+                nodes[request, arm] = 0.0
             first = request * num_nodes
             pooled[first : first + num_nodes] = nodes[request, arm]
+        if not is_possible:  # a way that nobody may take promises nothing
+            continue
         pooled.sort()
         tokens = float(num_requests)
         for size in range(1, most + 1):
