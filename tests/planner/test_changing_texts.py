@@ -197,6 +197,24 @@ def test_a_new_request_begins_with_what_others_counted():
     assert gains.of([("r1", 0)])[0, 0, 0] < 0.1
 
 
+def test_texts_that_change_at_one_temperature_change_at_the_others():
+    """Edits that were asked for greedily, and then at temperature 1.
+
+    What the copying drafters had shown was not known there: in the sweep of the embedded pair the
+    first rounds were decoded plainly.
+    """
+    gains = Gains([("copy",)], 2, {"copy": 0.2})
+    for kind in (0, 3):
+        for _ in range(50):
+            gains.learn((f"story {kind}", kind), 0, np.array([0.1, 0.05]), 2)
+    before = {kind: gains.of([(f"before {kind}", kind)])[0, 0, 0] for kind in (0, 3)}
+    for index in range(8):
+        gains.learn_count((f"edit {index}", 0), 0, 2, num_steps=20, num_taken=30)
+    after = {kind: gains.of([(f"after {kind}", kind)])[0, 0, 0] for kind in (0, 3)}
+    assert after[0] > 4 * before[0]
+    assert after[3] == pytest.approx(after[0], rel=0.05)
+
+
 def verdict(path, final=7):
     return Verdict(tuple(path), (*([1] * len(path)), final), FinalKind.RECOVERED)
 

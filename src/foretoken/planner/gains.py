@@ -48,7 +48,9 @@ class Gains:
     """Expected tokens of the best node of a draft, of the second best and so on.
 
     For each request and way to draft, the mean over recent drafts; of nodes that were not asked
-    for, over earlier ones. A new request begins with the mean over all of its temperature.
+    for, over earlier ones. A new request begins with the mean over all of its temperature. How
+    much drafts are worth differs between temperatures; by how much that changes when texts change
+    does not, so what is counted at one is learned at all.
 
     Args:
         arms: Ways to draft.
@@ -79,7 +81,7 @@ class Gains:
         # Compiled, or found in the cache, before a step waits for it.
         none, counts = np.zeros((1, *prior.shape)), np.zeros((1, len(prior)))
         _blend(none, counts, 0, 0, np.zeros(1), 1, _RATE_OF_ALL)
-        _scale(none, 0, 0, 1.0, 1, 1, 0)
+        _multiply_others(none, 0, 0, _scale(none, 0, 0, 1.0, 1, 1, 0))
         _bounded(none, np.zeros(1, np.int64), self._parts)
 
     def of(self, requests: Sequence[tuple[str, int]]) -> NDArray[np.float64]:
@@ -136,7 +138,8 @@ class Gains:
         first = num_steps / (self._num_counted[row, arm] + _PRIOR_STEPS)
         usual = 1.0 - (1.0 - _RATE_OF_COUNT) ** num_steps
         for_all = min(_MOST_OF_COUNTS, 1.0 - (1.0 - _RATE_OF_COUNT_FOR_ALL) ** num_steps)
-        _scale(self._of_all, kind, arm, for_all, num_asked, num_steps, num_taken)
+        factor = _scale(self._of_all, kind, arm, for_all, num_asked, num_steps, num_taken)
+        _multiply_others(self._of_all, kind, arm, factor)
         rate = max(float(first), usual)
         return _scale(self._of_request, row, arm, rate, num_asked, num_steps, num_taken)
 
@@ -199,6 +202,15 @@ def _blend(
         gains[at, arm, node] *= 1.0 - rate
         if node < len(probs):
             gains[at, arm, node] += rate * probs[node]
+
+
+@jit_borrowing
+def _multiply_others(gains: NDArray[np.float64], kind: int, arm: int, factor: float) -> None:
+    """Multiply what a way is worth in all classes of temperature but one."""
+    for other in range(len(gains)):
+        if other != kind:
+            for node in range(gains.shape[2]):
+                gains[other, arm, node] = min(gains[other, arm, node] * factor, 1.0)
 
 
 @jit_borrowing
