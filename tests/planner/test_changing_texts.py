@@ -110,6 +110,9 @@ def test_two_drafters_that_copy_the_same_give_as_much_as_the_cheap_one_alone():
     assert mean(map(ratio, range(8))) > 0.95
 
 
+# -- the parts ---------------------------------------------------------------------------------
+
+
 def gains_of(*, first=0.5, num_requests=1):
     gains = Gains([("model",), ("copy",)], 4, {"model": first, "copy": 0.1})
     gains.of([(f"r{index}", 0) for index in range(num_requests)])

@@ -20,9 +20,9 @@ from foretoken.planner.choices import (
     PlannedStep,
     Seen,
     are_ample,
+    compile_ahead,
     ids_of,
     keep_best,
-    load,
     longer,
     share_out,
     ways_of,
@@ -107,7 +107,7 @@ class AdaptivePlanner(Planner):
         self._num_decoding = self._num_plans = 0
         self._step: PlannedStep | None = None  # if this one is planned
         self._proposed: Sequence[Draft] = ()  # in this one, before anything was cut away
-        load()
+        compile_ahead()
 
     # -- before drafting ---------------------------------------------------------------------
 

@@ -78,7 +78,7 @@ class Seen:
         return any(share.num_rows > 1 for share in self.shares)
 
 
-def load() -> None:
+def compile_ahead() -> None:
     """Have what is compiled here compiled, or found in the cache, before a step waits for it."""
     nodes = np.zeros((1, 2, 1))
     _shares_of_best(nodes[:, 0], 1)
@@ -224,9 +224,9 @@ __all__ = [
     "PlannedStep",
     "Seen",
     "are_ample",
+    "compile_ahead",
     "ids_of",
     "keep_best",
-    "load",
     "longer",
     "share_out",
     "ways_of",
