@@ -223,6 +223,7 @@ def test_while_a_plan_holds_what_is_free_to_draft_is_longer_where_it_is_likely()
     share = SimulatedShare("r0", ("model", "copy"), budget)
     [order] = planner.order([share])
     while planner._step is not None or planner._is_trial or planner._choice[0] != ("copy",):
+        simulated._step(planner, [share])
         [order] = planner.order([share])
     size = planner._choices["r0"][1]
     num_asked = order["copy"].max_nodes
@@ -247,10 +248,12 @@ def test_an_order_is_kept_until_the_bounds_of_the_request_come_near_it():
         budget = DraftBudget(max_nodes=16, max_depth=room)
         return planner.order([SimulatedShare("r0", ("model", "copy"), budget)])[0]
 
-    while not order(16) or planner._step is not None or planner._is_trial:
-        pass
-    size = planner._choices["r0"][1]
     kept = order(16)
+    while not kept or planner._is_trial or planner._pace._steps_left < 8:  # no plan is due soon
+        simulated.run(planner, num_steps=1)
+        kept = order(16)
+    kept = order(16)
+    size = planner._choices["r0"][1]
     assert order(15) is kept
     for room in range(size, 0, -1):
         near = order(room)

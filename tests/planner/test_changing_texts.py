@@ -144,8 +144,8 @@ def test_few_counts_say_little_and_none_is_worth_more_than_a_token():
     assert gains.of([("r0", 0)])[0, 0] == pytest.approx([1.0] * 4)
 
 
-def seen_step(verdict, scored, proposed=None):
-    share = SimulatedShare("r", ("a", "b", "c"), None)
+def seen_step(verdict, scored, proposed=None, drafters=("a", "b", "c")):
+    share = SimulatedShare("r", drafters, None)
     return Seen([share], [proposed or scored], [scored], [verdict], StepTimes(total_s=0.001))
 
 
@@ -228,9 +228,10 @@ def test_holding_counts_tokens_of_the_plan_alone():
     holding.begin(1.0)
     tree = TokenTree.chain([0, 1, 1, 1])
     draft = replace(Draft.from_drafter("model", tree), source=("", "forced", "model", MERGED))
-    holding.count(seen_step(verdict([1, 2, 3]), draft))
-    holding.count(seen_step(None, draft))
-    assert holding.take("r") == Counts(0.0, ("a", "b", "c"), 1, 2)
+    drafters = ("forced", "model")
+    holding.count(seen_step(verdict([1, 2, 3]), draft, drafters=drafters))
+    holding.count(seen_step(None, draft, drafters=drafters))
+    assert holding.take("r") == Counts(0.0, drafters, 1, 2)
     assert holding.take("r") is None
 
 

@@ -81,7 +81,7 @@ class Gains:
         # Compiled, or found in the cache, before a step waits for it.
         none, counts = np.zeros((1, *prior.shape)), np.zeros((1, len(prior)))
         _blend(none, counts, 0, 0, np.zeros(1), 1, _RATE_OF_ALL)
-        _multiply_others(none, 0, 0, _scale(none, 0, 0, 1.0, 1, 1, 0))
+        _learn_counts(none, 0, none, 0, 0, (1, 1, 0), (0.0, 0.0))
         _bounded(none, np.zeros(1, np.int64), self._parts)
 
     def of(self, requests: Sequence[tuple[str, int]]) -> NDArray[np.float64]:
@@ -138,10 +138,8 @@ class Gains:
         first = num_steps / (self._num_counted[row, arm] + _PRIOR_STEPS)
         usual = 1.0 - (1.0 - _RATE_OF_COUNT) ** num_steps
         for_all = min(_MOST_OF_COUNTS, 1.0 - (1.0 - _RATE_OF_COUNT_FOR_ALL) ** num_steps)
-        factor = _scale(self._of_all, kind, arm, for_all, num_asked, num_steps, num_taken)
-        _multiply_others(self._of_all, kind, arm, factor)
-        rate = max(float(first), usual)
-        return _scale(self._of_request, row, arm, rate, num_asked, num_steps, num_taken)
+        counts, weights = (num_asked, num_steps, num_taken), (for_all, max(float(first), usual))
+        return _learn_counts(self._of_all, kind, self._of_request, row, arm, counts, weights)
 
     def forget(self, request_id: str) -> None:
         """Forget a request; what was learned from it for others stays."""
@@ -204,16 +202,7 @@ def _blend(
             gains[at, arm, node] += rate * probs[node]
 
 
-@jit_borrowing
-def _multiply_others(gains: NDArray[np.float64], kind: int, arm: int, factor: float) -> None:
-    """Multiply what a way is worth in all classes of temperature but one."""
-    for other in range(len(gains)):
-        if other != kind:
-            for node in range(gains.shape[2]):
-                gains[other, arm, node] = min(gains[other, arm, node] * factor, 1.0)
-
-
-@jit_borrowing
+@jit
 def _scale(
     gains: NDArray[np.float64],
     at: int,
@@ -232,6 +221,41 @@ def _scale(
     for node in range(gains.shape[2]):
         gains[at, arm, node] = min(gains[at, arm, node] * factor, 1.0)
     return factor
+
+
+@jit_borrowing
+def _learn_counts(
+    of_all: NDArray[np.float64],
+    kind: int,
+    of_request: NDArray[np.float64],
+    row: int,
+    arm: int,
+    counts: tuple[int, int, int],
+    weights: tuple[float, float],
+) -> float:
+    """Scale what a way is worth by counted tokens, for anybody and for a request.
+
+    One call: each finds nothing of its own in the processor's caches.
+
+    Args:
+        of_all: By class of temperature; those of other classes are scaled alike.
+        kind: The class of the request.
+        of_request: By row.
+        row: Of the request.
+        arm: The way.
+        counts: As for `_scale`.
+        weights: For anybody, and for the request.
+
+    Returns:
+        The factor for the request.
+    """
+    num_asked, num_steps, num_taken = counts
+    factor = _scale(of_all, kind, arm, weights[0], num_asked, num_steps, num_taken)
+    for other in range(len(of_all)):
+        if other != kind:
+            for node in range(of_all.shape[2]):
+                of_all[other, arm, node] = min(of_all[other, arm, node] * factor, 1.0)
+    return _scale(of_request, row, arm, weights[1], num_asked, num_steps, num_taken)
 
 
 @jit

@@ -75,7 +75,11 @@ class Holding:
                         share.temperature, share.drafters
                     )
                 counts.num_steps += 1
-                counts.num_taken += self._num_merits(seen.scored[place], verdict)
+                counts.num_taken += (
+                    len(verdict.path)
+                    if self._always.isdisjoint(share.drafters)
+                    else self._num_merits(seen.scored[place], verdict)
+                )
                 if is_union:
                     _count_alone(counts.alone, seen.proposed[place], verdict.token_ids)
                 self._num_tokens += len(verdict.token_ids)
@@ -83,8 +87,6 @@ class Holding:
         self._ms += 1000.0 * seen.times.total_s
 
     def _num_merits(self, draft: Draft, verdict: Verdict) -> int:
-        if not self._always:
-            return len(verdict.path)
         names = (source_names(draft.source[node]) for node in verdict.path)
         return sum(not self._always.issuperset(own) for own in names)
 
