@@ -184,6 +184,25 @@ def test_a_request_that_was_never_planned_for_teaches_others():
     assert gains.of([("r2", 0)])[0, 0].sum() > before
 
 
+def test_a_request_that_nobody_drafted_for_follows_what_others_show():
+    """It kept what was known when it began: of sixteen, half were never drafted for."""
+    gains = gains_of(num_requests=2)
+    for _ in range(8):
+        gains.learn_count(("r0", 0), 0, 4, num_steps=20, num_taken=70)
+    first, second = gains.of([("r0", 0), ("r1", 0)])[:, 0, 0]
+    assert second == pytest.approx(first, rel=0.2)
+    gains.learn_count(("r1", 0), 0, 4, num_steps=4, num_taken=0)  # its own luck counts from there
+    assert second / 2 < gains.of([("r1", 0)])[0, 0, 0] < second
+
+
+def test_drafts_that_some_of_many_requests_have_are_soon_drafted_for_all():
+    """0.93 of the best fixed way, where those that had none at first never had any; now 0.97."""
+    simulated = machine(LARGE, good=0.85)
+    rate = simulated.run(simulated.planner(), num_requests=16, num_steps=600)
+    fixed = machine(LARGE, good=0.85).run_fixed(["model"], 2, num_requests=16, num_steps=600)
+    assert rate > 0.95 * fixed
+
+
 def test_a_union_is_worth_no_less_than_its_best_part():
     gains = Gains([("a",), ("b",), ("a", "b")], 4, {"a": 0.5, "b": 0.1})
     gains.of([("r", 0)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,7 +49,8 @@ class Gains:
     """Expected tokens of the best node of a draft, of the second best and so on.
 
     For each request and way to draft, the mean over recent drafts; of nodes that were not asked
-    for, over earlier ones. A new request begins with the mean over all of its temperature. How
+    for, over earlier ones. Until a request has drafts of its own in some way, they are worth what
+    they are to all of its temperature, however that changes meanwhile. How
     much drafts are worth differs between temperatures; by how much that changes when texts change
     does not, so what is counted at one is learned at all.
 
@@ -76,13 +78,15 @@ class Gains:
         self._of_request = np.zeros((0, len(self.arms), max_nodes))
         self._counts = np.zeros((0, len(self.arms)))
         self._num_counted = np.zeros((0, len(self.arms)))  # steps of a request
+        self._is_own = np.zeros((0, len(self.arms)), np.bool_)  # whether a request had such drafts
         self._rows: dict[str, tuple[int, int]] = {}
         self._free: list[int] = []
         # Compiled, or found in the cache, before a step waits for it.
         none, counts = np.zeros((1, *prior.shape)), np.zeros((1, len(prior)))
         _blend(none, counts, 0, 0, np.zeros(1), 1, _RATE_OF_ALL)
         _learn_counts(none, 0, none, 0, 0, (1, 1, 0), (0.0, 0.0))
-        _bounded(none, np.zeros(1, np.int64), self._parts)
+        places = np.zeros((1, 2), np.int64)
+        _bounded(none, none, np.zeros(counts.shape, np.bool_), places, self._parts)
 
     def of(self, requests: Sequence[tuple[str, int]]) -> NDArray[np.float64]:
         """Return the expected tokens of the nodes of some requests' drafts, [B, A, N].
@@ -90,8 +94,8 @@ class Gains:
         Args:
             requests: Ids and temperature classes.
         """
-        rows = [self._row(request_id, kind)[0] for request_id, kind in requests]
-        return _bounded(self._of_request, np.array(rows), self._parts)
+        places = np.array([self._row(request_id, kind) for request_id, kind in requests])
+        return _bounded(self._of_request, self._of_all, self._is_own, places, self._parts)
 
     def learn(
         self,
@@ -108,7 +112,7 @@ class Gains:
             probs: Probability that each of its nodes is reached, the largest first.
             num_asked: Nodes that it could have had; at most N.
         """
-        row, kind = self._row(*request)
+        row, kind = self._own_row(request, arm)
         asked = probs[:num_asked]
         for gains, counts, at, least in (
             (self._of_request, self._counts, row, _RATE_OF_REQUEST),
@@ -133,7 +137,7 @@ class Gains:
         Returns:
             The factor for the request.
         """
-        row, kind = self._row(*request)
+        row, kind = self._own_row(request, arm)
         self._num_counted[row, arm] += num_steps
         first = num_steps / (self._num_counted[row, arm] + _PRIOR_STEPS)
         usual = 1.0 - (1.0 - _RATE_OF_COUNT) ** num_steps
@@ -147,6 +151,16 @@ class Gains:
         if row is not None:
             self._free.append(row[0])
 
+    def _own_row(self, request: tuple[str, int], arm: int) -> tuple[int, int]:
+        """Return the row of a request that now has drafts of its own, and its class."""
+        row, kind = self._row(*request)
+        if not self._is_own[row, arm]:
+            self._is_own[row, arm] = True
+            self._of_request[row, arm] = self._of_all[kind, arm]
+            # What others have shown counts as much as a few drafts of its own.
+            self._counts[row, arm] = min(self._all_counts[kind, arm], _PRIOR_DRAFTS)
+        return row, kind
+
     def _row(self, request_id: str, kind: int) -> tuple[int, int]:
         found = self._rows.get(request_id)
         if found is None:
@@ -157,13 +171,11 @@ class Gains:
                 self._of_request = _longer(self._of_request, more)
                 self._counts = _longer(self._counts, more)
                 self._num_counted = _longer(self._num_counted, more)
+                self._is_own = _longer(self._is_own, more)
             row = self._free.pop()
             if not self._all_counts[kind].any():
                 self._adopt(kind)
-            self._of_request[row] = self._of_all[kind]
-            self._num_counted[row] = 0.0
-            # What others have shown counts as much as a few drafts of its own.
-            self._counts[row] = np.minimum(self._all_counts[kind], _PRIOR_DRAFTS)
+            self._num_counted[row], self._is_own[row] = 0.0, False
             found = self._rows[request_id] = (row, kind)
         return found
 
@@ -260,17 +272,26 @@ def _learn_counts(
 
 @jit
 def _bounded(
-    gains: NDArray[np.float64], rows: NDArray[np.int64], parts: NDArray[np.int64]
+    of_request: NDArray[np.float64],
+    of_all: NDArray[np.float64],
+    is_own: NDArray[np.bool_],
+    places: NDArray[np.int64],
+    parts: NDArray[np.int64],
 ) -> NDArray[np.float64]:
-    """Return some rows of gains, those of unions within what is known of their parts.
+    """Return what is known of requests, their rows and classes given, those of all where not own.
+
+    Unions are within what is known of their parts.
 
     No node of a union is likelier than that rank of all its parts' nodes, and none less likely
     than that rank of any part's.
     """
-    result = gains[rows]
-    num_nodes = gains.shape[2]
+    num_nodes = of_all.shape[2]
+    result = np.empty((len(places), *of_all.shape[1:]))
     pooled = np.empty(parts.shape[1] * num_nodes)
     for row in range(len(result)):
+        own, kind = places[row]
+        for arm in range(len(parts)):
+            result[row, arm] = of_request[own, arm] if is_own[own, arm] else of_all[kind, arm]
         for arm in range(len(parts)):
             num_parts = 0
             for part in parts[arm]:
@@ -289,8 +310,8 @@ def _bounded(
     return result
 
 
-def _longer(array: NDArray[np.float64], num_more: int) -> NDArray[np.float64]:
-    return np.concatenate((array, np.zeros((num_more, *array.shape[1:]))))
+def _longer(array: NDArray[Any], num_more: int) -> NDArray[Any]:
+    return np.concatenate((array, np.zeros((num_more, *array.shape[1:]), array.dtype)))
 
 
 __all__ = ["Arm", "Gains", "list_arms", "temperature_class"]
