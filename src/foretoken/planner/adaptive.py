@@ -98,7 +98,6 @@ class AdaptivePlanner(Planner):
         self._kept = Plan(PLAIN, 0.0, 0.0, 0.0)
         self._plans: dict[int, Plan] = {}  # by requests
         self._orders: dict[str, tuple[DraftBudget | None, Order]] = {}  # by the plan that holds
-        self._level_gains: dict[str, float] = {}  # likewise
         self._present: Arm = ()  # what it prefers, which a trial may replace for some steps
         self._is_trial = self._is_new = False
         self._rate = 0.0  # tokens per millisecond that it promises
@@ -132,7 +131,6 @@ class AdaptivePlanner(Planner):
             self._take_counts(decoding)
             self._plan(decoding, self._step)
             self._orders.clear()
-            self._level_gains.clear()
             self._step.orders = [self._order(share) for share in shares]
             self._step.own_s = self._clock() - start_s
             return self._step.orders
@@ -163,7 +161,6 @@ class AdaptivePlanner(Planner):
         self._holding.begin(plan.plain_rate)
         self._choices.clear()
         self._orders.clear()
-        self._level_gains.clear()
 
     def _wake(self) -> None:
         """Learn what a rest took; if it was a trial, pay what it lost."""
@@ -213,12 +210,9 @@ class AdaptivePlanner(Planner):
 
     def _level_gain(self, label: str) -> float:
         """Return the tokens that a drafter has to promise each request for one more level."""
-        gain = self._level_gains.get(label)
-        if gain is None:
-            count = self._num_decoding
-            gain = self._rate * self._drafting.level_ms(label, count) / count
-            self._level_gains[label] = gain = gain * self._experience.boast(label)
-        return gain
+        count = self._num_decoding
+        gain = self._rate * self._drafting.level_ms(label, count) / count
+        return gain * self._experience.boast(label)
 
     def _plan(self, decoding: Sequence[Share], step: PlannedStep) -> None:
         """Choose the way to draft, and its size for each request."""
