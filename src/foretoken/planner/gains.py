@@ -50,9 +50,9 @@ class Gains:
 
     For each request and way to draft, the mean over recent drafts; of nodes that were not asked
     for, over earlier ones. Until a request has drafts of its own in some way, they are worth what
-    they are to all of its temperature, however that changes meanwhile. How
-    much drafts are worth differs between temperatures; by how much that changes when texts change
-    does not, so what is counted at one is learned at all.
+    they are to all of its temperature, however that changes meanwhile. How much drafts are worth
+    differs between temperatures; by how much that changes when texts change does not, so what is
+    counted at one is learned at all.
 
     Args:
         arms: Ways to draft.

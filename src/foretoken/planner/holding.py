@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from foretoken.core.draft import Draft, source_names
 from foretoken.core.verdict import Verdict
-from foretoken.planner.base import StepTimes
+from foretoken.planner.base import Share, StepTimes
 from foretoken.planner.choices import Seen
 
 _LEAST_STEPS = 6  # before a plan is found wanting
@@ -75,18 +75,16 @@ class Holding:
                         share.temperature, share.drafters
                     )
                 counts.num_steps += 1
-                counts.num_taken += (
-                    len(verdict.path)
-                    if self._always.isdisjoint(share.drafters)
-                    else self._num_merits(seen.scored[place], verdict)
-                )
+                counts.num_taken += self._num_merits(share, seen.scored[place], verdict)
                 if is_union:
                     _count_alone(counts.alone, seen.proposed[place], verdict.token_ids)
                 self._num_tokens += len(verdict.token_ids)
         self._num_steps += 1
         self._ms += 1000.0 * seen.times.total_s
 
-    def _num_merits(self, draft: Draft, verdict: Verdict) -> int:
+    def _num_merits(self, share: Share, draft: Draft, verdict: Verdict) -> int:
+        if self._always.isdisjoint(share.drafters):
+            return len(verdict.path)
         names = (source_names(draft.source[node]) for node in verdict.path)
         return sum(not self._always.issuperset(own) for own in names)
 
