@@ -21,6 +21,7 @@ from foretoken.drafters.base import (
     DrafterNeeds,
     Follower,
     RequestView,
+    Retracer,
     StandingStates,
     Taxonomy,
 )
@@ -142,6 +143,10 @@ SOURCES = {
 
 def is_follower(name):
     return issubclass(DRAFTERS.load(name), Follower)
+
+
+def is_retracer(name):
+    return issubclass(DRAFTERS.load(name), Retracer)
 
 
 def build_drafter(name, folder, target):
@@ -411,6 +416,40 @@ def test_following_a_path_is_drafting_after_it_and_learns_nothing(drafter):
         assert_same_draft(drafter.follow(context, []), propose_fresh(drafter, context))
         assert_same_draft(drafter.propose([context])[0], propose_fresh(drafter, context))
         drafter.stop("r")
+
+
+def given_along(drafter, text, num_known, max_nodes):
+    """Return what drafts along a text give, one proposal after the other."""
+    counts = [0] * (1 + max_nodes)
+    while num_known < len(text):
+        context = make_context(text[:num_known], max_nodes=max_nodes, max_depth=max_nodes)
+        path = propose_fresh(drafter, context).tree.match(text[num_known:])
+        for place in (0, *path):
+            counts[place] += 1
+        num_known += len(path) + 1
+    return counts
+
+
+@pytest.mark.parametrize("max_nodes", [1, 3, 12])
+@pytest.mark.parametrize("name", [it for it in sorted(OPTIONS) if is_retracer(it)])
+def test_retracing_a_text_is_drafting_along_it_and_learns_nothing(drafter, max_nodes):
+    rng = random.Random(5)
+    some_taken = 0
+    for served in range(12):
+        text = random_text(rng, rng.randint(2, 60))
+        num_known = rng.randint(1, len(text) - 1)
+        start(drafter, text[:num_known])
+        expected = given_along(drafter, text, num_known, max_nodes)
+        counts = drafter.retrace(text, num_known, max_nodes).tolist()
+        assert counts == expected
+        assert drafter.retrace(text, num_known, max_nodes).tolist() == expected
+        assert not drafter.retrace(text, len(text), max_nodes).any()
+        some_taken += sum(counts[1:])
+        if served % 2:  # what ends may teach drafters something; the next text is then another
+            drafter.propose([make_context(text)])
+            assert drafter.retrace(text, num_known, max_nodes).tolist() == expected
+        drafter.stop("r")
+    assert some_taken > 20
 
 
 # -- ways of drawing -------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from foretoken.core.draft import DraftBudget
 from foretoken.drafters.copying import NOTHING, Occurrences, Shape, best_tree
 from foretoken.drafters.suffix_index import SuffixIndex
+from tests.drafters.test_suffix_index import find_own
 
 
 def shape(max_nodes=16, max_depth=16, max_width=16, per_match=2.0, offset=1, min_prob=0.05):
@@ -130,7 +131,7 @@ def test_tree_of_separated_texts_equals_a_plain_search(texts, data, limits):
 def test_tree_of_the_context_itself_reads_its_own_copy_past_the_end(text, limits):
     index = SuffixIndex(1000)
     index.extend(text)
-    found = index.find_own(8, 50)
+    found = find_own(index, 8, 50)
     assert_equal(best_tree(found, limits), *plain_best(found, limits))
 
 

@@ -14,6 +14,12 @@ def ids(*token_ids):
     return np.array(token_ids, np.int32)
 
 
+def find_own(index, max_match, max_places):
+    """Return where the last tokens of an index's only text occurred before in it."""
+    found = index.find(index.tail(max_match), max_places)
+    return found._replace(end=index.num_tokens)
+
+
 def found_in(index, occurrences):
     """Return {(length, what follows up to the end of its text)} with repetitions, sorted."""
     tokens = index._arrays.tokens.tolist()
@@ -81,7 +87,7 @@ def test_every_earlier_occurrence_in_a_growing_text_is_found(parts, max_match):
     for part in parts:
         index.extend(part)
         text += part
-        found = index.find_own(max_match, ALL)
+        found = find_own(index, max_match, ALL)
         expected = [
             (length, end)
             for end in range(1, len(text))
@@ -170,15 +176,15 @@ def test_tokens_that_are_taken_back_leave_nothing():
         index, longer = SuffixIndex(1000, 64), SuffixIndex(1000, 64)
         index.extend(token_ids[:length])
         longer.extend(token_ids[: length + 3])
-        before = [array.copy() for array in index.find_own(8, ALL)[:3]]
+        before = [array.copy() for array in find_own(index, 8, ALL)[:3]]
         with index.extended(token_ids[length : length + 3]):
             for found, expected in zip(
-                index.find_own(8, ALL), longer.find_own(8, ALL), strict=True
+                find_own(index, 8, ALL), find_own(longer, 8, ALL), strict=True
             ):
                 held = length + 3  # beyond it the arrays are not written yet
                 assert np.array_equal(np.atleast_1d(found)[:held], np.atleast_1d(expected)[:held])
             assert index.tail(99).tolist() == token_ids[: length + 3]
-        after = index.find_own(8, ALL)
+        after = find_own(index, 8, ALL)
         assert all(
             np.array_equal(old[:length], new[:length])
             for old, new in zip(before, after[:3], strict=True)
@@ -186,5 +192,5 @@ def test_tokens_that_are_taken_back_leave_nothing():
         assert after.end == index.num_tokens == length
         index.extend(token_ids[length:])
         longer.extend(token_ids[length + 3 :])
-        for found, expected in zip(index.find_own(8, ALL), longer.find_own(8, ALL), strict=True):
+        for found, expected in zip(find_own(index, 8, ALL), find_own(longer, 8, ALL), strict=True):
             assert np.array_equal(np.atleast_1d(found)[:80], np.atleast_1d(expected)[:80])

@@ -2,6 +2,9 @@
 
 import random
 from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
 
 from foretoken.core.draft import Draft, DraftBudget, merge_drafts
 from foretoken.core.tree import TokenTree
@@ -12,6 +15,8 @@ from foretoken.planner.cost import CostCurve, CostModel
 
 RIGHT = 1  # other tokens are wrong
 PLANNING_S = 50e-6  # what the planner's clock advances between being read twice
+
+RETRACING_S = 20e-6  # likewise, if it is to retrace a text
 
 
 @dataclass
@@ -24,6 +29,26 @@ class SimulatedShare:
     temperature: float = 0.0
     num_rows: int = 1
     num_keys: int = 20
+    num_prompt_ids: int = 0
+
+    @property
+    def text(self):
+        return self
+
+    @property
+    def token_ids(self):
+        return SimulatedText(self.request_id, self.num_keys)
+
+
+@dataclass
+class SimulatedText:
+    """So many tokens of a request."""
+
+    request_id: str
+    num_tokens: int
+
+    def __len__(self):
+        return self.num_tokens
 
 
 @dataclass
@@ -36,6 +61,7 @@ class SimulatedDrafter:
         request_ms: Time of each request.
         claimed: The log-probability that it claims for each guess.
         max_depth: Of its chains.
+        is_retracer: Whether it can tell what it would have given along a text.
     """
 
     acceptance: object
@@ -43,11 +69,31 @@ class SimulatedDrafter:
     request_ms: float = 0.02
     claimed: float = -0.5
     max_depth: int = 8
+    is_retracer: bool = False
     num_proposed: int = 0
+
+    def chance(self, request_id):
+        return self.acceptance(request_id) if callable(self.acceptance) else self.acceptance
+
+    def retrace(self, token_ids, start, max_nodes):
+        counts = np.zeros(1 + max_nodes, np.int64)
+        if not isinstance(token_ids, SimulatedText):  # it is only to be compiled
+            return counts + 1
+        chance = self.chance(token_ids.request_id)
+        rng = random.Random(f"{token_ids.request_id} {start}")  # all have the luck of a text
+        while start < len(token_ids):
+            length = min(self.max_depth, max_nodes, len(token_ids) - start)
+            taken = 0
+            while taken < length and rng.random() < chance:
+                taken += 1
+            counts[0] += 1
+            counts[1 : 1 + taken] += 1
+            start += 1 + taken
+        return counts
 
     def propose(self, name, request_id, budget, rng):
         length = min(self.max_depth, budget.max_nodes, budget.max_depth)
-        chance = self.acceptance(request_id) if callable(self.acceptance) else self.acceptance
+        chance = self.chance(request_id)
         # A chain stops where another level does not pay, as growers do; the first one is not
         # asked.
         reached, tokens = 1.0, []
@@ -63,19 +109,24 @@ class SimulatedDrafter:
 
 
 class PlanningClock:
-    """Advances each time it is read; whoever reads it twice has taken so long."""
+    """Advances every other time it is read; whoever reads it twice has taken so long."""
 
     def __init__(self):
-        self.num_reads = 0
+        self.now_s = self.taken_s = 0.0
+        self.pair_s = PLANNING_S
+        self.is_read = False
 
     def __call__(self):
-        self.num_reads += 1
-        return self.num_reads * PLANNING_S
+        if self.is_read:
+            self.now_s += self.pair_s
+            self.taken_s += self.pair_s
+            self.pair_s = PLANNING_S
+        self.is_read = not self.is_read
+        return self.now_s
 
     def take_s(self):
-        """Return the seconds between every other reading and the next, and begin anew."""
-        seconds = self.num_reads // 2 * PLANNING_S
-        self.num_reads = 0
+        """Return the seconds that were taken since this was last asked."""
+        seconds, self.taken_s = self.taken_s, 0.0
         return seconds
 
 
@@ -113,6 +164,11 @@ class Machine:
             list(self.drafters),
             max_nodes=max_nodes,
             first_guess=first_guess,
+            retraces={
+                label: partial(self._retrace, drafter)
+                for label, drafter in self.drafters.items()
+                if drafter.is_retracer
+            },
             clock=self.clock,
         )
 
@@ -153,10 +209,12 @@ class Machine:
                 for index in range(num_requests)
             ]
             while left:
-                self._step(planner, left)
+                self._step(planner, list(left))
                 for share in [share for share in left if share.num_keys >= num_tokens]:
                     left.remove(share)
+                    planner.finish(share)
                     planner.forget(share.request_id)
+                self.ms += 1000 * self.clock.take_s()
             rates.append(self.num_tokens / self.ms)
         return rates
 
@@ -201,6 +259,10 @@ class Machine:
         planner.observe(shares, scored, verdicts, times)
         self.ms += 1000 * self.clock.take_s()
 
+    def _retrace(self, drafter, token_ids, start, max_nodes):
+        self.clock.pair_s = RETRACING_S
+        return drafter.retrace(token_ids, start, max_nodes)
+
     def _verdict(self, draft):
         path = draft.tree.match([RIGHT] * draft.tree.num_draft_tokens)
         kind = FinalKind.BONUS if len(path) == draft.tree.num_draft_tokens else FinalKind.RECOVERED
@@ -224,6 +286,9 @@ class FixedSize:
         return drafts
 
     def observe(self, shares, scored, verdicts, times):
+        pass
+
+    def finish(self, text):
         pass
 
     def forget(self, request_id):

@@ -276,3 +276,28 @@ class Follower(Protocol):
                 empty, the root is the pending token.
         """
         ...
+
+
+@runtime_checkable
+class Retracer(Protocol):
+    """A drafter that can be asked what its drafts along a text would have given, at little cost.
+
+    So it is compared with others on the same texts without drafting for any of them.
+    """
+
+    def retrace(self, token_ids: Sequence[int], start: int, max_nodes: int) -> NDArray[np.int64]:
+        """Return what came of the drafts that `propose` would have made along a text.
+
+        Each draft begins where the tokens that the one before it gave end, and the token after
+        them. Nothing is learned, and what was proposed meanwhile makes no difference.
+
+        Args:
+            token_ids: Prompt and output of a request, as far as they are known.
+            start: How many of the tokens were known when the first draft was made; at least 1.
+            max_nodes: N, most nodes of each draft.
+
+        Returns:
+            How many drafts, and of how many of them the first node was taken, the second and so
+            on, in the order of what the drafter thinks of them, [1 + N].
+        """
+        ...

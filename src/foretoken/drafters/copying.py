@@ -116,14 +116,19 @@ def best_tree(found: Occurrences, shape: Shape) -> CountedTree:
     """
     if not len(found.starts) or shape.max_nodes <= 0 or shape.max_depth <= 0:
         return NOTHING
-    num_nodes, token_ids, parents, probs, score = _best_tree(found, shape)
+    return counted_tree(best_nodes(found, shape))
+
+
+def counted_tree(
+    nodes: tuple[int, NDArray[np.int64], NDArray[np.int64], NDArray[np.float64], float],
+) -> CountedTree:
+    """Return what `best_nodes` found as a tree, `NOTHING` if it is none."""
+    num_nodes, token_ids, parents, probs, score = nodes
     if not num_nodes:
         return NOTHING
+    last = num_nodes + 1
     return CountedTree(
-        token_ids[1 : num_nodes + 1].tolist(),
-        parents[1 : num_nodes + 1].tolist(),
-        probs[1 : num_nodes + 1].tolist(),
-        float(score),
+        token_ids[1:last].tolist(), parents[1:last].tolist(), probs[1:last].tolist(), float(score)
     )
 
 
@@ -149,9 +154,15 @@ class _Pool(NamedTuple):
 
 
 @jit
-def _best_tree(
+def best_nodes(
     found: Occurrences, shape: Shape
-) -> tuple[int, np.ndarray, np.ndarray, np.ndarray, float]:
+) -> tuple[int, NDArray[np.int64], NDArray[np.int64], NDArray[np.float64], float]:
+    """Return the tree of `best_tree`.
+
+    Returns:
+        How many draft tokens it has; of its nodes, the root first, the tokens, parents and
+        probabilities given the parent; the score. The arrays may be longer.
+    """
     order = _sorted_places(-found.lengths, len(found.lengths))[1]
     best_score, best_count = 0.0, 0
     best = _new_nodes(1)

@@ -7,7 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from foretoken.core.draft import Draft, SiblingDraw
+from foretoken.core.jit import jit
 from foretoken.core.tree import TokenTree
 from foretoken.drafters.base import (
     DraftContext,
@@ -15,6 +19,7 @@ from foretoken.drafters.base import (
     DrafterHost,
     DrafterNeeds,
     RequestView,
+    Retracer,
     Taxonomy,
 )
 from foretoken.errors import ConfigError
@@ -56,7 +61,7 @@ class _NgramIndex:
     next_position: dict[tuple[int, ...], int] = field(default_factory=dict)
 
 
-class PromptLookupDrafter(Drafter):
+class PromptLookupDrafter(Drafter, Retracer):
     """Finds the latest earlier occurrence of the last tokens and copies what came after it.
 
     A copy that reaches the end of the text goes on with the copied tokens themselves, so that a
@@ -107,6 +112,12 @@ class PromptLookupDrafter(Drafter):
                 return self._copy(token_ids, start, length, size)
         return Draft.empty(token_ids[-1])
 
+    def retrace(self, token_ids: Sequence[int], start: int, max_nodes: int) -> NDArray[np.int64]:
+        """Return what came of the chains that would have been copied along a text, [1 + N]."""
+        options = self._options
+        lengths = options.min_ngram, options.max_ngram, min(options.max_depth, max_nodes)
+        return _retrace(np.array(token_ids, np.int32), start, max_nodes, lengths)
+
     def stop(self, request_id: str) -> None:
         """Drop the request's index."""
         self._indices.pop(request_id, None)
@@ -139,3 +150,43 @@ def _latest_start(token_ids: Sequence[int], run: Sequence[int], num_last: int) -
         if token_ids[max(0, position - len(run)) : position] == run:
             return position
     return None
+
+
+@jit
+def _retrace(
+    token_ids: NDArray[np.int32], start: int, max_nodes: int, lengths: tuple[int, int, int]
+) -> NDArray[np.int64]:
+    """Count drafts along a text, and those of which each node was taken.
+
+    Args:
+        token_ids: The text.
+        start: Tokens known before the first draft.
+        max_nodes: N; as many places there are in the result, and one more.
+        lengths: Shortest and longest run to look for, most tokens to copy.
+    """
+    min_ngram, max_ngram, most = lengths
+    counts = np.zeros(1 + max_nodes, np.int64)
+    end = start  # of what is known
+    while end < len(token_ids):
+        best, place = min_ngram - 1, -1
+        for position in range(end - 1, 0, -1):
+            length = 0
+            limit = min(max_ngram, position)
+            while (
+                length < limit and token_ids[position - 1 - length] == token_ids[end - 1 - length]
+            ):
+                length += 1
+            if length > best:
+                best, place = length, position
+                if best == max_ngram:
+                    break
+        counts[0] += 1
+        taken = 0
+        if place >= 0:
+            most_taken = min(most, len(token_ids) - end)
+            # Beyond what is known the copy goes on with itself, which is what is known by then.
+            while taken < most_taken and token_ids[place + taken] == token_ids[end + taken]:
+                taken += 1
+                counts[taken] += 1
+        end += taken + 1
+    return counts

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from foretoken.core.draft import Draft, DraftBudget, SiblingDraw
 from foretoken.drafters.base import (
@@ -19,10 +20,12 @@ from foretoken.drafters.base import (
     DrafterHost,
     DrafterNeeds,
     RequestView,
+    Retracer,
     Taxonomy,
 )
-from foretoken.drafters.copying import NOTHING, CountedTree, Shape, best_tree
+from foretoken.drafters.copying import NOTHING, CountedTree, Shape, counted_tree
 from foretoken.drafters.suffix_index import MAX_CAPACITY, SuffixIndex
+from foretoken.drafters.suffix_trees import better_tree, retrace_trees
 from foretoken.drafters.token_files import (
     FileKind,
     check_token_ids,
@@ -169,7 +172,7 @@ class PastOutputs:
         return nothing
 
 
-class SuffixDrafter(Drafter):
+class SuffixDrafter(Drafter, Retracer):
     """Copies what followed the last tokens most often, as a tree, the deeper the longer the match.
 
     Two indices are asked, one over the request's own prompt and output, one over the outputs of
@@ -194,6 +197,7 @@ class SuffixDrafter(Drafter):
         self.needs = DrafterNeeds()
         self._options = options
         self._past = past
+        self._past_index = past.index if past is not None else SuffixIndex(1)
         self._requests: dict[str, _RequestText] = {}
         if past is not None:  # the contract has no end; that of the process or of this object is
             weakref.finalize(self, past.save)
@@ -227,6 +231,15 @@ class SuffixDrafter(Drafter):
             best = self._best_tree(own.index, context.budget)
         return Draft.empty(root_id) if best is NOTHING else best.as_draft(root_id, "suffix")
 
+    def retrace(self, token_ids: Sequence[int], start: int, max_nodes: int) -> NDArray[np.int64]:
+        """Return what came of the trees that would have been drafted along a text, [1 + N]."""
+        options, text = self._options, np.array(token_ids, np.int32)
+        own = SuffixIndex(MAX_CAPACITY, len(text))
+        own.extend(token_ids[:start])
+        shape = self._shape(DraftBudget(max_nodes=max_nodes, max_depth=max_nodes))
+        bounds = options.max_match, options.max_places
+        return retrace_trees(own.ring, self._past_index.ring, text, shape, bounds)
+
     def stop(self, request_id: str) -> None:
         """Drop the request's index; its output joins the past outputs."""
         request = self._requests.pop(request_id, None)
@@ -244,16 +257,15 @@ class SuffixDrafter(Drafter):
 
     def _best_tree(self, own: SuffixIndex, budget: DraftBudget) -> CountedTree:
         """Return the better tree below the last token of the request's own index."""
+        query, past = own.tail(self._options.max_match), self._past_index
+        max_places, shape = self._options.max_places, self._shape(budget)
+        return counted_tree(better_tree(own.ring, past.ring, query, shape, max_places))
+
+    def _shape(self, budget: DraftBudget) -> Shape:
         options = self._options
-        shape = Shape.within(
+        return Shape.within(
             budget,
             depth_per_match=options.depth_per_match,
             depth_offset=options.depth_offset,
             min_prob=options.min_prob,
         )
-        best = best_tree(own.find_own(options.max_match, options.max_places), shape)
-        if self._past is not None:
-            query = own.tail(options.max_match)
-            past = best_tree(self._past.index.find(query, options.max_places), shape)
-            best = past if past.score > best.score else best
-        return best

@@ -34,6 +34,22 @@ class _Arrays(NamedTuple):
     previous: NDArray[np.int32]
 
 
+class Ring(NamedTuple):
+    """What an index holds, as compiled code takes it.
+
+    Args:
+        arrays: Its own, not copies.
+        newest: Place of the newest token.
+        run: Tokens since the last separator.
+        num_tokens: As many are held.
+    """
+
+    arrays: _Arrays
+    newest: int
+    run: int
+    num_tokens: int
+
+
 class SuffixIndex:
     """Texts, whole ones, with their runs of tokens indexed; beyond a bound the oldest go.
 
@@ -96,6 +112,12 @@ class SuffixIndex:
             self.num_tokens -= len(token_ids)
             _retract(self._arrays, self._next, len(token_ids), self._run)
 
+    @property
+    def ring(self) -> Ring:
+        """Everything that is held, as long as nothing is added."""
+        newest = (self._next - 1) % len(self._arrays.tokens)
+        return Ring(self._arrays, newest, self._run, self.num_tokens)
+
     def texts(self) -> NDArray[np.int32]:
         """Return everything that is held, oldest first, in a new array."""
         first, tokens = self._next - self.num_tokens, self._arrays.tokens
@@ -116,20 +138,12 @@ class SuffixIndex:
             query: The last tokens; as many of them as may count as one match.
             max_places: Bounds the work.
         """
-        return self._find(query, max_places, -1)
-
-    def find_own(self, max_match: int, max_places: int) -> Occurrences:
-        """Return where the last tokens of the only text occurred before in it."""
-        # Not `_next`, which is 0 again when the ring is full.
-        return self._find(self.tail(max_match), max_places, self.num_tokens)
-
-    def _find(self, query: NDArray[np.int32], max_places: int, end: int) -> Occurrences:
-        newest = (self._next - 1) % len(self._arrays.tokens)
-        starts, lengths = _find(self._arrays, newest, self.num_tokens, query, max_places)
-        return Occurrences(self._arrays.tokens, starts, lengths, end)
+        arrays, newest, _, num_tokens = self.ring
+        starts, lengths = find_places(arrays, newest, num_tokens, query, max_places)
+        return Occurrences(arrays.tokens, starts, lengths, -1)
 
     def _append(self, token_ids: NDArray[np.int32]) -> None:
-        self._run = _append(self._arrays, self._next, self._run, token_ids)
+        self._run = append_tokens(self._arrays, self._next, self._run, token_ids)
         self._next = (self._next + len(token_ids)) % len(self._arrays.tokens)
         self.num_tokens += len(token_ids)
 
@@ -176,7 +190,7 @@ def _bucket(tokens: np.ndarray, last: int, order: int, num_buckets: int) -> int:
 
 
 @jit
-def _append(arrays: _Arrays, place: int, run: int, token_ids: np.ndarray) -> int:
+def append_tokens(arrays: _Arrays, place: int, run: int, token_ids: np.ndarray) -> int:
     """Write tokens from a place on, chain the runs that end there; return the run's length."""
     tokens, heads, previous = arrays
     num_buckets = heads.shape[1]
@@ -196,7 +210,14 @@ def _append(arrays: _Arrays, place: int, run: int, token_ids: np.ndarray) -> int
 
 @jit
 def _retract(arrays: _Arrays, first: int, num_tokens: int, run: int) -> None:
-    """Undo `_append` of the newest tokens, from a place on; `run` is the length before them."""
+    """Undo `append_tokens` of the newest tokens, from a place on.
+
+    Args:
+        arrays: Of the index.
+        first: The place.
+        num_tokens: From there on.
+        run: Its length before them.
+    """
     _, heads, previous = arrays
     for back in range(1, num_tokens + 1):
         place = first + num_tokens - back
@@ -223,9 +244,10 @@ def _forget_text(arrays: _Arrays, place: int, num_tokens: int) -> int:
 
 
 @jit
-def _find(
+def find_places(
     arrays: _Arrays, newest: int, num_tokens: int, query: np.ndarray, max_places: int
 ) -> tuple[np.ndarray, np.ndarray]:
+    """Return the place after each occurrence of the last tokens, and how many agree, [M] both."""
     tokens, heads, previous = arrays
     capacity = len(tokens)
     starts = np.empty(len(ORDERS) * max_places, np.int64)

@@ -9,7 +9,7 @@ from typing import TypeVar, cast
 from foretoken.core.options import ComponentSpec
 from foretoken.core.verdict import Exactness
 from foretoken.drafters import DRAFTERS, prepare_drafter
-from foretoken.drafters.base import Drafter, DrafterHost
+from foretoken.drafters.base import Drafter, DrafterHost, Retracer
 from foretoken.drafters.in_flight import InFlightDrafter
 from foretoken.engine.engine import Engine, EngineConfig
 from foretoken.engine.fit import agree_on_draws, takes_copies_in_trees
@@ -174,6 +174,11 @@ class EngineBuilder:
             max_nodes=plan.node_limit,
             first_guess={
                 label: _FIRST_GUESS[drafters[label].taxonomy.is_trained] for label in labels
+            },
+            retraces={
+                label: drafter.retrace
+                for label, drafter in drafters.items()
+                if label in labels and isinstance(drafter, Retracer)
             },
         )
 

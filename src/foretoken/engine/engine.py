@@ -307,6 +307,7 @@ class Engine:
     def _release(self, request_id: str) -> None:
         request = self._requests.pop(request_id)
         self.parts.scheduler.remove(request_id)
+        self.parts.planner.finish(request)
         self.parts.planner.forget(request_id)
         self.loop.forget(request_id)
         for label in request.drafters:

@@ -118,6 +118,11 @@ class Request:
         self.max_tokens = min(self.num_prompt_ids + params.max_new_tokens, info.context_limit)
 
     @property
+    def temperature(self) -> float:
+        """Of its sampling; 0 if greedy."""
+        return 0.0 if self.sampler.is_greedy else self.sampler.temperature
+
+    @property
     def prompt_ids(self) -> list[int]:
         """The prompt."""
         return self.token_ids[: self.num_prompt_ids]

@@ -46,8 +46,12 @@ class Work(NamedTuple):
     @property
     def temperature(self) -> float:
         """Of its request's sampling; 0 if greedy."""
-        sampler = self.request.sampler
-        return 0.0 if sampler.is_greedy else sampler.temperature
+        return self.request.temperature
+
+    @property
+    def text(self) -> Request:
+        """Its request, which has the text."""
+        return self.request
 
     @property
     def num_rows(self) -> int:

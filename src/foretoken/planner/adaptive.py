@@ -6,13 +6,14 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from time import perf_counter
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
 
 from foretoken.core.draft import Draft, DraftBudget
 from foretoken.core.verdict import Verdict
-from foretoken.planner.base import Order, Planner, Share, StepTimes
+from foretoken.planner.base import Order, Planner, Retrace, Share, StepTimes, Text
 from foretoken.planner.choices import (
     PLAIN,
     Choice,
@@ -30,18 +31,18 @@ from foretoken.planner.choices import (
     with_free,
 )
 from foretoken.planner.cost import CostModel
-from foretoken.planner.drafting import learn_costs
+from foretoken.planner.cruising import Cruise
 from foretoken.planner.gains import Arm, list_arms
 from foretoken.planner.holding import lost_s
 from foretoken.planner.learning import Learning
 from foretoken.planner.outlook import Formula, Outlook
-from foretoken.planner.pacing import Pace
-from foretoken.planner.probing import Probes
 from foretoken.planner.resting import Rest
-from foretoken.planner.trials import LEAST_LOSS, Trials, trial_steps
+from foretoken.planner.retracing import Retracing
+from foretoken.planner.trials import LEAST_LOSS, Trials
 
 _BEYOND_EVERY = 8  # planned steps, after as many at first, in which drafts are larger than planned
 _BEYOND_STEPS = 64  # after which every planned step may be one
+_NEWS = 0.25  # tokens that drafts are worth more than was thought, after which plans are made anew
 _FREE_GAIN = 0.02  # tokens; a drafter whose levels need bring no more works as long for several
 
 
@@ -66,6 +67,7 @@ class AdaptivePlanner(Planner):
         always: Drafters that draft in every step, because what they propose is certain and free.
         max_nodes: Most draft tokens per request and step.
         first_guess: For each of the labels, how often its first guess is taken, as far as known.
+        retraces: Of those of the labels that can tell what they would have given.
         clock: Seconds; what planning takes is measured by it.
     """
 
@@ -77,6 +79,7 @@ class AdaptivePlanner(Planner):
         always: Sequence[str] = (),
         max_nodes: int,
         first_guess: Mapping[str, float],
+        retraces: Mapping[str, Retrace] = MappingProxyType({}),
         clock: Callable[[], float] = perf_counter,
     ) -> None:
         self._cost = cost
@@ -84,14 +87,16 @@ class AdaptivePlanner(Planner):
         self._always = frozenset(always)
         self._max_nodes = max_nodes
         self._labels = tuple(labels)
-        arms = list_arms(labels)
+        arms, untold = list_arms(labels), [label for label in labels if label not in retraces]
         self._arms: list[Arm] = [*arms, PLAIN[0]]
         self._formula = Formula(arms, labels)
-        self._learning = Learning(cost, arms, labels, always, max_nodes, first_guess)
+        self._learning = Learning(cost, arms, labels, always, max_nodes, first_guess, clock)
         self._experience = self._learning.experience
         self._drafting, self._holding = self._learning.drafting, self._learning.holding
-        self._pace, self._probes, self._trials = Pace(), Probes(labels), Trials(arms, labels)
+        self._pace, self._probes = self._learning.pace, self._learning.probes
+        self._trials, self._cruise = Trials(arms, untold), Cruise(self._pace)
         self._rest = Rest(self._pace, self._probes)
+        self._retracing = Retracing(retraces, max_nodes, self._experience, self._probes, clock)
         # The plan that holds: a way to draft and its size, and what it is for each request.
         self._choice = PLAIN
         self._choices: dict[str, Choice] = {}
@@ -113,9 +118,10 @@ class AdaptivePlanner(Planner):
 
     def order(self, shares: Sequence[Share]) -> list[Order]:
         """Return for each request who drafts and within which bounds."""
-        orders = self._rest.orders(len(shares))
+        orders = self._rest.orders(len(shares)) or self._cruise.orders(shares)
         if orders is not None:
             return orders
+        self._count_cruise()
         decoding = [share for share in shares if share.budget is not None]
         self._step, self._is_idle = None, False
         has_choice = any(share.drafters for share in decoding)  # or there is nothing to plan
@@ -129,6 +135,7 @@ class AdaptivePlanner(Planner):
             self._num_plans += 1
             self._wake()
             self._take_counts(decoding)
+            self._retracing.learn_all(decoding)
             self._plan(decoding, self._step)
             self._orders.clear()
             self._step.orders = [self._order(share) for share in shares]
@@ -141,7 +148,25 @@ class AdaptivePlanner(Planner):
             if self._is_idle and len(decoding) == len(shares):
                 self._rest.begin(shares)
             return [{}] * len(shares)
-        return [self._usual_order(share) for share in shares]
+        orders = [self._usual_order(share) for share in shares]
+        if not self._is_trial and len(decoding) == len(shares):
+            self._go_on(shares, orders)
+        return orders
+
+    def _go_on(self, shares: Sequence[Share], orders: list[Order]) -> None:
+        """Do in the steps that follow what is done in this one, as long as that is possible."""
+        if all(share.num_rows == 1 and self._always.isdisjoint(share.drafters) for share in shares):
+            sizes = [self._choices.get(it.request_id, self._choice)[1] for it in shares]
+            self._cruise.begin(orders, sizes)
+
+    def _count_cruise(self) -> None:
+        """Count what came of steps in which nothing was decided."""
+        steps = self._cruise.take_notes()
+        if steps:
+            self._probes.earn(sum(seen.times.total_s for seen in steps))
+            if self._learning.count(steps, self._choice[0]):
+                self._cruise.end()
+                self._pace.hurry()
 
     def _needs_plan(self, decoding: Sequence[Share]) -> bool:
         """Return whether a plan that is due may be another than the one that holds."""
@@ -177,7 +202,7 @@ class AdaptivePlanner(Planner):
     def _usual_order(self, share: Share) -> Order:
         """Return the order of a step that is not planned; the last one, if bounds are the same."""
         kept, budget = self._orders.get(share.request_id), share.budget
-        size = longer(self._choices.get(share.request_id, self._choice)[1])
+        size = longer(self._choices.get(share.request_id, self._choice)[1], self._max_nodes)
         is_own = self._always.isdisjoint(share.drafters)  # those have the request's own bounds
         if kept is None or not (kept[0] is budget or (is_own and are_ample(kept[0], budget, size))):
             kept = self._orders[share.request_id] = budget, self._order(share)
@@ -199,7 +224,7 @@ class AdaptivePlanner(Planner):
         # Where length is free more may be drafted; what is not worth its row is cut away.
         is_longer = min_gain < _FREE_GAIN if self._step is None else self._looks_beyond
         if size and is_longer and not self._is_trial:
-            size = longer(size)
+            size = longer(size, self._max_nodes)
         return replace(budget, max_nodes=min(size, budget.max_nodes), min_gain=min_gain)
 
     @property
@@ -281,6 +306,8 @@ class AdaptivePlanner(Planner):
         if self._is_idle:
             return list(drafts)
         self._proposed = drafts
+        if self._cruise.is_on and self._cruise.are_within(drafts):
+            return list(drafts)
         if self._step is None:
             return [self._within(share, draft) for share, draft in zip(shares, drafts, strict=True)]
         if not any(draft.tree.num_draft_tokens for draft in drafts):
@@ -324,6 +351,10 @@ class AdaptivePlanner(Planner):
             self._rest.note(times)
             return
         seen = Seen(shares, self._proposed, scored, verdicts, times)
+        if self._cruise.is_on:
+            if self._cruise.note(seen):
+                self._count_cruise()
+            return
         has_prompts = seen.has_prompts
         if not has_prompts:
             self._probes.earn(times.total_s)
@@ -332,52 +363,13 @@ class AdaptivePlanner(Planner):
                 loss_s = lost_s(verdicts, times, min(self._rate, self._delivered))
                 self._probes.pay(max(LEAST_LOSS * times.total_s, loss_s))
         if self._step is not None:
-            self._learn_planned(self._step, seen)
+            self._step.arm, self._step.is_trial = self._choice[0], self._is_trial
+            self._step.is_new, self._step.is_plain = self._is_new, not self._present
+            self._learning.learn_planned(self._step, seen)
         elif not has_prompts:
-            self._learn_held(seen)
-
-    def _learn_planned(self, step: PlannedStep, seen: Seen) -> None:
-        """Learn from a step that was planned, and what planning took."""
-        start_s, has_prompts = self._clock(), seen.has_prompts
-        self._experience.learn_all(
-            seen.shares, step.orders, seen.proposed, step.probs, seen.verdicts
-        )
-        if self._is_trial and seen.times.draft_s and not has_prompts:  # nothing was cut away
-            self._holding.count(seen, is_union=len(self._choice[0]) > 1)
-        for label, seconds, is_usual in self._learning.learn_drafting(
-            seen, step.orders, step.at_work
-        ):
-            if label == self._probes.label:
-                # Its very first draft loads its code, which comes but once.
-                self._probes.pay(seconds if self._drafting.is_warm(label) else 0.0, label)
-                self._probes.is_wasted = not (is_usual or self._drafting.is_known(label))
-        if self._pace.is_settled and not has_prompts:
-            learn_costs(self._cost, seen, step.own_s)
-        step.own_s += self._clock() - start_s
-        self._pace.planned(step.own_s, seen.times.total_s, is_new=self._is_new)
-        if not (self._present or self._pace.is_new):
-            # Where nobody drafts, plans are made for what is tried, and are part of its price.
-            self._probes.pay(self._pace.plan_s)
-        if self._is_trial:
-            self._pace.hold(trial_steps(seen.times.total_s))
-        if self._probes.is_wasted:
-            self._pace.hurry()
-
-    def _learn_held(self, seen: Seen) -> None:
-        """Learn from a step that was not planned: tokens are counted, some steps looked at."""
-        is_settled = self._pace.is_settled
-        if is_settled:
-            learn_costs(self._cost, seen, 0.0)
-        if not seen.times.draft_s:
-            return
-        self._holding.count(seen, is_union=len(self._choice[0]) > 1)
-        if self._holding.is_wanting:
-            self._pace.hurry()
-        if is_settled or self._is_trial:
-            orders = [self._usual_order(share) for share in seen.shares]
-            self._experience.judge_all(seen.shares, orders, seen.proposed, seen.verdicts)
-            if is_settled:
-                self._learning.learn_drafting(seen, orders)
+            arm, is_judged = self._choice[0], self._is_trial or self._pace.is_settled
+            orders = [self._usual_order(share) for share in shares] if is_judged else ()
+            self._learning.learn_held(seen, arm, orders)
 
     def _step_ms(
         self, shares: Sequence[Share], num_fixed: int, num_nodes: int
@@ -388,12 +380,20 @@ class AdaptivePlanner(Planner):
         most = max(num_fixed + num_nodes, count * (1 + self._max_nodes))
         return self._cost.step_table(most, keys, count, num_fixed)[: num_nodes + 1]
 
+    def finish(self, text: Text) -> None:
+        """Learn what drafters would have given along a text that has ended."""
+        if self._retracing.learn(text) > _NEWS and self._choice is PLAIN:
+            self._rest.tell_news()
+
     def forget(self, request_id: str) -> None:
         """Forget a request that has ended; what comes next may be another text."""
+        self._cruise.end()
+        self._count_cruise()
         self._learning.take_counts(request_id, self._choices.get(request_id, self._choice))
         self._trials.begin_text()
         self._rest.end()
         self._pace.sooner()
         self._experience.forget(request_id)
+        self._retracing.forget(request_id)
         self._choices.pop(request_id, None)
         self._orders.pop(request_id, None)

@@ -2,15 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from foretoken.core.draft import Draft, DraftBudget
 from foretoken.core.verdict import Verdict
 
 Order = Mapping[str, DraftBudget]
 """Drafters that are to draft for one request in one step, each with the bounds of its draft."""
+
+
+class Text(Protocol):
+    """What a request has said so far, as the planner sees it: a live view."""
+
+    @property
+    def request_id(self) -> str:
+        """Whose it is."""
+        ...
+
+    @property
+    def temperature(self) -> float:
+        """Of its sampling; 0 if greedy."""
+        ...
+
+    @property
+    def token_ids(self) -> Sequence[int]:
+        """Prompt and output."""
+        ...
+
+    @property
+    def num_prompt_ids(self) -> int:
+        """How many of them are the prompt."""
+        ...
+
+
+Retrace = Callable[[Sequence[int], int, int], NDArray[np.int64]]
+"""Returns what drafts along a text would have given: `Retracer.retrace` of a drafter."""
 
 
 class Share(Protocol):
@@ -34,6 +65,11 @@ class Share(Protocol):
     @property
     def temperature(self) -> float:
         """Of its sampling; 0 if greedy."""
+        ...
+
+    @property
+    def text(self) -> Text:
+        """What it has said so far."""
         ...
 
     @property
@@ -83,6 +119,10 @@ class Planner(Protocol):
         """Learn from a step: what was kept of the drafts that were scored, and what it took."""
         ...
 
+    def finish(self, text: Text) -> None:
+        """Learn from the text of a request that is about to be forgotten, because it has ended."""
+        return
+
     def forget(self, request_id: str) -> None:
         """Forget a request that has ended; unknown ones are ignored."""
         ...
@@ -115,6 +155,10 @@ class PassingPlanner(Planner):
     ) -> None:
         """Pass it on."""
         self._planner.observe(shares, scored, verdicts, times)
+
+    def finish(self, text: Text) -> None:
+        """Pass it on."""
+        self._planner.finish(text)
 
     def forget(self, request_id: str) -> None:
         """Pass it on."""

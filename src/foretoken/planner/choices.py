@@ -28,6 +28,10 @@ class PlannedStep:
         probs: Of each proposed draft, the probability that each node is reached.
         draft_ms: What drafting was expected to take.
         own_s: What planning took so far.
+        arm: The way that is used.
+        is_trial: Whether that is not the one that the plan prefers.
+        is_new: Whether the one that it prefers is another than that of the last plan.
+        is_plain: Whether that is plain decoding.
     """
 
     at_work: set[tuple[str, str]]
@@ -35,6 +39,10 @@ class PlannedStep:
     probs: list[list[float]] = field(default_factory=list)
     draft_ms: float = 0.0
     own_s: float = 0.0
+    arm: Arm = ()
+    is_trial: bool = False
+    is_new: bool = False
+    is_plain: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,9 +205,14 @@ def _best_count(
     return num_best, least
 
 
-def longer(size: int) -> int:
-    """Return how many nodes drafts have that are to be longer than a plan wants."""
-    return size + 2 + size // 2
+def longer(size: int, most: int) -> int:
+    """Return how many nodes drafts have that are to be longer than a plan wants; none if it is 0.
+
+    Args:
+        size: What it wants.
+        most: That a draft may have.
+    """
+    return min(size + 2 + size // 2, most) if size else 0
 
 
 def are_ample(before: DraftBudget | None, now: DraftBudget | None, size: int) -> bool:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from foretoken.core.draft import Draft, source_names
 from foretoken.core.verdict import Verdict
 from foretoken.planner.acceptance import Acceptance, judged_nodes
-from foretoken.planner.base import Order, Share
+from foretoken.planner.base import Order, Share, Text
 from foretoken.planner.gains import Arm, Gains, temperature_class
 from foretoken.planner.holding import Counts
 
@@ -234,6 +234,37 @@ class Experience:
                 for label in arm:  # guesses that are worth more than was thought boast less
                     self._boast[label] -= math.log(factor)
 
+    def learn_text(
+        self, text: Text, label: str, worth: NDArray[np.float64], num_drafts: int
+    ) -> float:
+        """Learn what a drafter would have given alone along a text, whatever was used for it.
+
+        Args:
+            text: Of a request.
+            label: The drafter.
+            worth: Of each node of its drafts, [N].
+            num_drafts: From which that is known.
+
+        Returns:
+            How many tokens more a draft is worth to others than before.
+        """
+        arm = self._arms.index((label,))
+        return self._gains.learn_text(_request(text), arm, worth, num_drafts)
+
+    def learn_difference(
+        self, text: Text, label: str, other: str, difference: NDArray[np.float64]
+    ) -> None:
+        """Have a drafter be worth what another one is worth, but for a difference.
+
+        Args:
+            text: Of a request.
+            label: The drafter.
+            other: The one that it is compared with, of which a text has been learned.
+            difference: Of each node, [N].
+        """
+        arm, than = self._arms.index((label,)), self._arms.index((other,))
+        self._gains.learn_difference(_request(text), arm, than, difference)
+
     def _learn_boasts(
         self, sources: Sequence[Sequence[str]], draft: Draft, probs: Sequence[float]
     ) -> None:
@@ -254,7 +285,7 @@ class Experience:
             self._luck.pop((request_id, label), None)
 
 
-def _request(share: Share) -> tuple[str, int]:
+def _request(share: Share | Text) -> tuple[str, int]:
     return share.request_id, temperature_class(share.temperature)
 
 

@@ -9,7 +9,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from foretoken.core.jit import jit, jit_borrowing
+from foretoken.planner.gain_updates import (
+    PRIOR_DRAFTS,
+    blend,
+    bounded,
+    learn_counts,
+    learn_luck,
+    learn_text,
+)
 
 MOST_PAIRED = 4  # drafters up to which every two of them are a way of their own
 
@@ -21,9 +28,6 @@ _RATE_OF_COUNT = 0.06
 _RATE_OF_COUNT_FOR_ALL = 0.03
 _MOST_OF_COUNTS = 0.25
 _PRIOR_STEPS = 6.0  # counted steps that what was known of others before is worth
-_PRIOR_TOKENS = 0.5  # tokens that were taken as expected, beside those that were counted
-_LARGEST_CHANGE = 4.0  # of what drafts are worth, by the counts of one plan
-_PRIOR_DRAFTS = 2.0  # drafts that what was known before is worth, when there are none yet
 _NUM_CLASSES = 5  # of temperature: guesses come true less often where more is left to chance
 
 Arm = tuple[str, ...]
@@ -79,14 +83,19 @@ class Gains:
         self._counts = np.zeros((0, len(self.arms)))
         self._num_counted = np.zeros((0, len(self.arms)))  # steps of a request
         self._is_own = np.zeros((0, len(self.arms)), np.bool_)  # whether a request had such drafts
+        # Whether whole texts tell what a way is worth; what its drafts give is then their own luck.
+        self._is_retraced = np.zeros(len(self.arms), np.bool_)
+        self._retraced: list[int] = []
         self._rows: dict[str, tuple[int, int]] = {}
         self._free: list[int] = []
         # Compiled, or found in the cache, before a step waits for it.
         none, counts = np.zeros((1, *prior.shape)), np.zeros((1, len(prior)))
-        _blend(none, counts, 0, 0, np.zeros(1), 1, _RATE_OF_ALL)
-        _learn_counts(none, 0, none, 0, 0, (1, 1, 0), (0.0, 0.0))
+        blend(none, counts, 0, 0, np.zeros(1), 1, _RATE_OF_ALL)
+        learn_counts(none, 0, none, 0, 0, (1, 1, 0), (0.0, 0.0))
+        learn_luck(none, 0, 0, np.ones(len(prior), np.bool_), (1, 1, 0), 0.0)
+        learn_text((none, none), (0, 0, 0), none[0, 0], (0.0, 0.0))
         places = np.zeros((1, 2), np.int64)
-        _bounded(none, none, np.zeros(counts.shape, np.bool_), places, self._parts)
+        bounded(none, none, np.zeros(counts.shape, np.bool_), places, self._parts)
 
     def of(self, requests: Sequence[tuple[str, int]]) -> NDArray[np.float64]:
         """Return the expected tokens of the nodes of some requests' drafts, [B, A, N].
@@ -95,7 +104,7 @@ class Gains:
             requests: Ids and temperature classes.
         """
         places = np.array([self._row(request_id, kind) for request_id, kind in requests])
-        return _bounded(self._of_request, self._of_all, self._is_own, places, self._parts)
+        return bounded(self._of_request, self._of_all, self._is_own, places, self._parts)
 
     def learn(
         self,
@@ -114,11 +123,9 @@ class Gains:
         """
         row, kind = self._own_row(request, arm)
         asked = probs[:num_asked]
-        for gains, counts, at, least in (
-            (self._of_request, self._counts, row, _RATE_OF_REQUEST),
-            (self._of_all, self._all_counts, kind, _RATE_OF_ALL),
-        ):
-            _blend(gains, counts, at, arm, asked, num_asked, least)
+        blend(self._of_request, self._counts, row, arm, asked, num_asked, _RATE_OF_REQUEST)
+        if not self._is_retraced[arm]:
+            blend(self._of_all, self._all_counts, kind, arm, asked, num_asked, _RATE_OF_ALL)
 
     def learn_count(
         self, request: tuple[str, int], arm: int, num_asked: int, num_steps: int, num_taken: int
@@ -143,7 +150,61 @@ class Gains:
         usual = 1.0 - (1.0 - _RATE_OF_COUNT) ** num_steps
         for_all = min(_MOST_OF_COUNTS, 1.0 - (1.0 - _RATE_OF_COUNT_FOR_ALL) ** num_steps)
         counts, weights = (num_asked, num_steps, num_taken), (for_all, max(float(first), usual))
-        return _learn_counts(self._of_all, kind, self._of_request, row, arm, counts, weights)
+        if not self._is_retraced[arm]:
+            return learn_counts(self._of_all, kind, self._of_request, row, arm, counts, weights)
+        # What is lucky for one that copies is lucky for the others.
+        for other in self._retraced:
+            self._own_row(request, other)
+        return learn_luck(self._of_request, row, arm, self._is_retraced, counts, weights[1])
+
+    def learn_text(
+        self, request: tuple[str, int], arm: int, worth: NDArray[np.float64], num_drafts: int
+    ) -> float:
+        """Learn what a way would have given along a text, whatever was used for it.
+
+        From then on this alone says what the way is worth to requests without such drafts.
+
+        Args:
+            request: Whose text it is: its id and temperature class.
+            arm: Index of the way.
+            worth: Of its nodes, [N].
+            num_drafts: From which that is known.
+
+        Returns:
+            How many tokens more a draft is worth to others than before.
+        """
+        self._note_retraced(arm)
+        row, kind = self._row(*request)
+        place = kind, row if self._is_own[row, arm] else -1, arm
+        self._all_counts[kind, arm] += num_drafts
+        first = num_drafts / float(self._all_counts[kind, arm] + PRIOR_DRAFTS)
+        usual = min(_MOST_OF_COUNTS, 1.0 - (1.0 - _RATE_OF_ALL) ** num_drafts)
+        weights = max(first, usual), num_drafts / (num_drafts + _PRIOR_STEPS)
+        return learn_text((self._of_all, self._of_request), place, worth, weights)
+
+    def learn_difference(
+        self, request: tuple[str, int], arm: int, other: int, difference: NDArray[np.float64]
+    ) -> None:
+        """Have a way be worth what another one is worth, but for a difference, to everybody.
+
+        Args:
+            request: Whose text has told so: its id and temperature class.
+            arm: Index of the way.
+            other: Of the one that it is compared with.
+            difference: Of each node, [N].
+        """
+        self._note_retraced(arm)
+        self._of_all[:, arm] = np.clip(self._of_all[:, other] + difference, 0.0, 1.0)
+        row, _ = self._row(*request)
+        if self._is_own[row, arm] and self._is_own[row, other]:
+            self._of_request[row, arm] = np.clip(
+                self._of_request[row, other] + difference, 0.0, 1.0
+            )
+
+    def _note_retraced(self, arm: int) -> None:
+        if not self._is_retraced[arm]:
+            self._is_retraced[arm] = True
+            self._retraced.append(arm)
 
     def forget(self, request_id: str) -> None:
         """Forget a request; what was learned from it for others stays."""
@@ -158,7 +219,7 @@ class Gains:
             self._is_own[row, arm] = True
             self._of_request[row, arm] = self._of_all[kind, arm]
             # What others have shown counts as much as a few drafts of its own.
-            self._counts[row, arm] = min(self._all_counts[kind, arm], _PRIOR_DRAFTS)
+            self._counts[row, arm] = min(self._all_counts[kind, arm], PRIOR_DRAFTS)
         return row, kind
 
     def _row(self, request_id: str, kind: int) -> tuple[int, int]:
@@ -185,7 +246,7 @@ class Gains:
         if known:
             nearest = min(known, key=lambda other: abs(other - kind))
             self._of_all[kind] = self._of_all[nearest]
-            self._all_counts[kind] = np.minimum(self._all_counts[nearest], _PRIOR_DRAFTS)
+            self._all_counts[kind] = np.minimum(self._all_counts[nearest], PRIOR_DRAFTS)
 
 
 def _prior_gains(arm: Arm, max_nodes: int, first_guess: Mapping[str, float]) -> NDArray[np.float64]:
@@ -193,121 +254,6 @@ def _prior_gains(arm: Arm, max_nodes: int, first_guess: Mapping[str, float]) -> 
     missed = np.prod([1.0 - first_guess[label] for label in arm])
     gains: NDArray[np.float64] = (1.0 - missed) ** np.arange(1, max_nodes + 1)
     return gains
-
-
-@jit_borrowing
-def _blend(
-    gains: NDArray[np.float64],
-    counts: NDArray[np.float64],
-    at: int,
-    arm: int,
-    probs: NDArray[np.float64],
-    num_asked: int,
-    least_rate: float,
-) -> None:
-    """Count one draft, and move the means of the nodes that were asked for towards its own."""
-    counts[at, arm] += 1
-    rate = max(least_rate, 1.0 / (counts[at, arm] + _PRIOR_DRAFTS))
-    for node in range(num_asked):
-        gains[at, arm, node] *= 1.0 - rate
-        if node < len(probs):
-            gains[at, arm, node] += rate * probs[node]
-
-
-@jit
-def _scale(
-    gains: NDArray[np.float64],
-    at: int,
-    arm: int,
-    rate: float,
-    num_asked: int,
-    num_steps: int,
-    num_taken: int,
-) -> float:
-    """Scale gains in place by counted tokens, with a weight; return by how much."""
-    expected = 0.0
-    for node in range(num_asked):
-        expected += num_steps * gains[at, arm, node]
-    ratio = (num_taken + _PRIOR_TOKENS) / (expected + _PRIOR_TOKENS)
-    factor = min(_LARGEST_CHANGE, 1.0 + rate * (ratio - 1.0))
-    for node in range(gains.shape[2]):
-        gains[at, arm, node] = min(gains[at, arm, node] * factor, 1.0)
-    return factor
-
-
-@jit_borrowing
-def _learn_counts(
-    of_all: NDArray[np.float64],
-    kind: int,
-    of_request: NDArray[np.float64],
-    row: int,
-    arm: int,
-    counts: tuple[int, int, int],
-    weights: tuple[float, float],
-) -> float:
-    """Scale what a way is worth by counted tokens, for anybody and for a request.
-
-    One call: each finds nothing of its own in the processor's caches.
-
-    Args:
-        of_all: By class of temperature; those of other classes are scaled alike.
-        kind: The class of the request.
-        of_request: By row.
-        row: Of the request.
-        arm: The way.
-        counts: As for `_scale`.
-        weights: For anybody, and for the request.
-
-    Returns:
-        The factor for the request.
-    """
-    num_asked, num_steps, num_taken = counts
-    factor = _scale(of_all, kind, arm, weights[0], num_asked, num_steps, num_taken)
-    for other in range(len(of_all)):
-        if other != kind:
-            for node in range(of_all.shape[2]):
-                of_all[other, arm, node] = min(of_all[other, arm, node] * factor, 1.0)
-    return _scale(of_request, row, arm, weights[1], num_asked, num_steps, num_taken)
-
-
-@jit
-def _bounded(
-    of_request: NDArray[np.float64],
-    of_all: NDArray[np.float64],
-    is_own: NDArray[np.bool_],
-    places: NDArray[np.int64],
-    parts: NDArray[np.int64],
-) -> NDArray[np.float64]:
-    """Return what is known of requests, their rows and classes given, those of all where not own.
-
-    Unions are within what is known of their parts.
-
-    No node of a union is likelier than that rank of all its parts' nodes, and none less likely
-    than that rank of any part's.
-    """
-    num_nodes = of_all.shape[2]
-    result = np.empty((len(places), *of_all.shape[1:]))
-    pooled = np.empty(parts.shape[1] * num_nodes)
-    for row in range(len(result)):
-        own, kind = places[row]
-        for arm in range(len(parts)):
-            result[row, arm] = of_request[own, arm] if is_own[own, arm] else of_all[kind, arm]
-        for arm in range(len(parts)):
-            num_parts = 0
-            for part in parts[arm]:
-                if part >= 0:
-                    first = num_parts * num_nodes
-                    pooled[first : first + num_nodes] = result[row, part]
-                    num_parts += 1
-            if num_parts > 1:
-                ascending = np.sort(pooled[: num_parts * num_nodes])
-                for node in range(num_nodes):
-                    least = 0.0
-                    for part in range(num_parts):
-                        least = max(least, pooled[part * num_nodes + node])
-                    most = ascending[-1 - node]
-                    result[row, arm, node] = min(max(result[row, arm, node], least), most)
-    return result
 
 
 def _longer(array: NDArray[Any], num_more: int) -> NDArray[Any]:

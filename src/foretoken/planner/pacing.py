@@ -119,6 +119,19 @@ class Pace:
         self.take_back(-num_steps)
         return num_steps
 
+    def pass_held_steps(self, least: int) -> int:
+        """Let the steps pass that follow this one, up to the next to plan or to learn from.
+
+        Args:
+            least: None pass if they are fewer.
+        """
+        last = self._steps_left - 1
+        num_steps = last - max(1, last - last % _LEARNED_EVERY)
+        if self.is_cheap or num_steps < least:
+            return 0
+        self.take_back(-num_steps)
+        return num_steps
+
     def take_back(self, num_steps: int) -> None:
         """Take back steps that were said to pass and did not."""
         self._steps_left += num_steps

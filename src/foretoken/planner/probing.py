@@ -27,6 +27,7 @@ class Probes:
 
     Attributes:
         label: Who is tried in a planned step; None if nobody is.
+        seconds: Of all steps.
         is_wasted: Whether it had to read what it had missed first, so that its time says little.
     """
 
@@ -40,11 +41,13 @@ class Probes:
         self._request_ids: frozenset[str] = frozenset()
         self.label: str | None = None
         self.is_wasted = False
+        self.seconds = 0.0
 
     def earn(self, seconds: float) -> None:
         """Add the share of a step's time that may be spent."""
         if self._credit_s is None:
             self._credit_s, self._most_debt_s = _FIRST_CREDIT * seconds, _MOST_DEBT * seconds
+        self.seconds += seconds
         self._credit_s = min(_MOST_CREDIT_S, self._credit_s + PROBING_SHARE * seconds)
 
     def choose(self, in_use: Collection[str], decoding: Sequence[Share]) -> None:

@@ -59,6 +59,7 @@ class Rest:
         self._times: dict[int, PlainTimes] = {}  # by requests
         self._own = PlainTimes()  # for as many as there are
         self._num_keys = self._num_requests = self._num_unsettled = 0
+        self._has_news = False
 
     def begin(self, shares: Sequence[Share]) -> None:
         """Rest as long as plan and requests stay as they are, all of them decoding plainly."""
@@ -124,6 +125,12 @@ class Rest:
         self._times.clear()
         return seconds
 
+    def tell_news(self) -> None:
+        """Have a plan made, since drafts have become worth more though nobody drafted."""
+        self._has_news = True
+        self.end()
+        self._pace.hurry()
+
     def needs_plan(self, decoding: Sequence[Share], *, is_plain: bool) -> bool:
         """Return whether the plan that is due may be another than the last; to be asked of each.
 
@@ -136,7 +143,14 @@ class Rest:
         """
         kinds = frozenset((share.temperature, tuple(share.drafters)) for share in decoding)
         before, self._planned[len(decoding)] = self._planned.get(len(decoding)), kinds
-        if not is_plain or self._pace.is_new or self._probes.has_credit or before != kinds:
+        has_news, self._has_news = self._has_news, False
+        if (
+            has_news
+            or not is_plain
+            or self._pace.is_new
+            or self._probes.has_credit
+            or before != kinds
+        ):
             return True
         self._pace.go_on()
         return False

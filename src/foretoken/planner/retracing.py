@@ -1,0 +1,142 @@
+"""What drafters that need nothing but tokens would have given: asked of texts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from foretoken.planner.base import Retrace, Share, Text
+from foretoken.planner.experience import Experience
+from foretoken.planner.probing import Probes
+
+RETRACING_SHARE = 0.003  # of the time of all steps, at most
+_MOST_CREDIT_S = 0.02
+_LEAST_S = 1e-6  # that asking takes
+_MOST_TOKENS = 256  # of a text, the newest, are enough to tell ...
+_LEAST_TOKENS = 16  # ... and fewer tell too little
+_NEW_TOKENS = 64  # of a request that goes on, after which it is worth asking again
+_SHARE_OF_FIRST = 0.5  # of what may be spent, for the cheapest drafter at once
+_RATE_OF_DIFFERENCE = 0.01  # weight of the newest draft in how two drafters differ
+_PRIOR_DRAFTS = 4.0  # drafts in which they do not, before anything is known
+_EXAMPLE = tuple(range(64))
+
+
+class _Difference:
+    """How much more the nodes of a drafter are worth than those of another, on the same texts."""
+
+    def __init__(self, max_nodes: int) -> None:
+        self.mean = np.zeros(max_nodes)
+        self._num_drafts = _PRIOR_DRAFTS
+
+    def learn(self, counts: NDArray[np.int64], others: NDArray[np.int64]) -> None:
+        """Learn from a text: how many drafts of each, and of how many each node was taken."""
+        num_drafts = int(counts[0])
+        self._num_drafts += num_drafts
+        usual = 1.0 - (1.0 - _RATE_OF_DIFFERENCE) ** num_drafts
+        rate = max(usual, num_drafts / self._num_drafts)
+        self.mean += rate * (counts[1:] / num_drafts - others[1:] / others[0] - self.mean)
+
+
+class Retracing:
+    """Has drafters retrace texts, as far as a share of the time allows.
+
+    Output does not depend on drafts, so a text tells what drafts that were never made would have
+    given. That costs a fraction of what a trial does. The cheapest drafter is asked of every
+    text, the others of as much of one as there is time for: what is learned of them is how they
+    differ from the first on the same tokens. So drafters that copy the same are not compared by
+    whose texts were the lucky ones.
+
+    Args:
+        retraces: By drafter; those that cannot tell are not in it.
+        max_nodes: Most draft tokens per request and step.
+        experience: It learns from them.
+        probes: They know how much time has passed.
+        clock: Seconds.
+    """
+
+    def __init__(
+        self,
+        retraces: Mapping[str, Retrace],
+        max_nodes: int,
+        experience: Experience,
+        probes: Probes,
+        clock: Callable[[], float],
+    ) -> None:
+        self._retraces, self._max_nodes = dict(retraces), max_nodes
+        self._experience, self._probes, self._clock = experience, probes, clock
+        self._credit_s = self._last_s = 0.0  # what may be spent, and when that was reckoned
+        self._num_seen: dict[str, int] = {}  # tokens of a request
+        self._token_s: dict[str, float] = {}  # of each drafter, what a token takes
+        for label in self._retraces:
+            self._ask(label, _EXAMPLE, len(_EXAMPLE))  # compiled before a step waits for it
+            self._ask(label, _EXAMPLE, len(_EXAMPLE))
+        self._credit_s = 0.0
+        self._base, *others = sorted(self._retraces, key=self._token_s.__getitem__) or [""]
+        self._differences = {label: _Difference(max_nodes) for label in others}
+        self._turns = others
+
+    def learn_all(self, shares: Sequence[Share]) -> None:
+        """Learn from requests that go on, where enough is new."""
+        if self._retraces:
+            for share in shares:
+                self.learn(share.text, _NEW_TOKENS)
+
+    def learn(self, text: Text, least: int = _LEAST_TOKENS) -> float:
+        """Learn what drafters would have given along a text, or the end of it.
+
+        Args:
+            text: Of a request.
+            least: Tokens that have to be new since it was last asked of.
+
+        Returns:
+            How many tokens more a draft is worth to others than it was thought to be.
+        """
+        num_ids = len(text.token_ids)
+        known = self._num_seen.get(text.request_id, text.num_prompt_ids) + 1
+        if not self._retraces or num_ids - known < least:
+            return 0.0
+        self._num_seen[text.request_id] = num_ids
+        self._credit_s += RETRACING_SHARE * (self._probes.seconds - self._last_s)
+        self._credit_s = min(_MOST_CREDIT_S, self._credit_s)
+        self._last_s = self._probes.seconds
+        own = self._most(self._base, min(_MOST_TOKENS, num_ids - known), _SHARE_OF_FIRST)
+        if own < _LEAST_TOKENS:
+            return 0.0
+        counts, base = self._ask(self._base, text.token_ids, own), self._base
+        news = self._experience.learn_text(text, base, counts[1:] / counts[0], int(counts[0]))
+        if self._turns:
+            self._learn_next(text, own)
+        for label, difference in self._differences.items():
+            self._experience.learn_difference(text, label, base, difference.mean)
+        return news
+
+    def _learn_next(self, text: Text, most: int) -> None:
+        """Learn how the drafter whose turn it is differs from the cheapest, if there is time."""
+        label = self._turns[0]
+        most = self._most(label, most)
+        if most >= _LEAST_TOKENS:
+            self._turns = [*self._turns[1:], label]
+            pair = [self._ask(it, text.token_ids, most) for it in (label, self._base)]
+            self._differences[label].learn(*pair)
+
+    def _most(self, label: str, most: int, share: float = 1.0) -> int:
+        """Return how many tokens a drafter may be asked of for a share of what may be spent."""
+        return min(most, int(share * self._credit_s / self._token_s[label]))
+
+    def _ask(self, label: str, token_ids: Sequence[int], most: int) -> NDArray[np.int64]:
+        """Return what a drafter says of the last tokens of a text, and pay for it."""
+        start_s, start = self._clock(), max(1, len(token_ids) - most)
+        counts = self._retraces[label](token_ids, start, self._max_nodes)
+        seconds = max(_LEAST_S, self._clock() - start_s)
+        self._token_s[label] = seconds / most
+        self._credit_s -= seconds
+        return counts
+
+    def forget(self, request_id: str) -> None:
+        """Forget a request."""
+        self._num_seen.pop(request_id, None)
+
+
+__all__ = ["RETRACING_SHARE", "Retracing"]
