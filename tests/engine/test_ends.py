@@ -1,5 +1,7 @@
 """Where an output ends: stop tokens, the end of a grammar, and inside an accepted path."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -7,6 +9,7 @@ from foretoken.drafters.forced import ForcedDrafter
 from foretoken.engine.engine import Engine
 from foretoken.engine.request import FinishReason
 from foretoken.errors import RequestError
+from foretoken.planner.base import PassingPlanner
 from foretoken.planner.plan import Plan
 from foretoken.verifiers.coupled import CoupledVerifier
 from tests.engines import check_idle, counting_drafter, counting_model, finish, greedy, make_engine
@@ -113,4 +116,38 @@ def test_a_processor_that_fails_ends_its_own_request(drafters):
     assert (short.output_ids, short.finish_reason) == ([2, 3, 4], FinishReason.LENGTH)
     assert short.error is None
     assert whole.output_ids == list(range(2, 11))
+    check_idle(engine)
+
+
+class Told(PassingPlanner):
+    """Notes the texts that it is told of, and fails if it should."""
+
+    def __init__(self, planner, error=None):
+        super().__init__(planner)
+        self.error, self.texts = error, []
+
+    def finish(self, text):
+        self.texts.append((text.request_id, text.num_prompt_ids, list(text.token_ids)))
+        if self.error is not None:
+            raise self.error
+
+
+def test_the_planner_is_told_of_every_text_that_ends():
+    engine = make_engine(counting_model(), {"it": counting_drafter()})
+    told = Told(engine.parts.planner)
+    engine.parts = replace(engine.parts, planner=told)
+    engine.add_request([1], greedy(3), request_id="a")
+    engine.add_request([4, 5], greedy(2), request_id="b")
+    finish(engine)
+    assert sorted(told.texts) == [("a", 1, [1, 2, 3, 4]), ("b", 2, [4, 5, 6, 7])]
+    check_idle(engine)
+
+
+def test_a_planner_that_fails_with_a_text_leaves_nothing_behind():
+    engine = make_engine(counting_model(), {"it": counting_drafter()})
+    told = Told(engine.parts.planner, ValueError("a drafter could not tell"))
+    engine.parts = replace(engine.parts, planner=told)
+    engine.add_request([1], greedy(3))
+    with pytest.raises(ValueError, match="could not tell"):
+        finish(engine)
     check_idle(engine)

@@ -109,19 +109,16 @@ class SimulatedDrafter:
 
 
 class PlanningClock:
-    """Advances every other time it is read; whoever reads it twice has taken so long."""
+    """Advances each time it is read; whoever reads it twice has taken so long."""
 
     def __init__(self):
         self.now_s = self.taken_s = 0.0
-        self.pair_s = PLANNING_S
-        self.is_read = False
+        self.next_s = PLANNING_S
 
     def __call__(self):
-        if self.is_read:
-            self.now_s += self.pair_s
-            self.taken_s += self.pair_s
-            self.pair_s = PLANNING_S
-        self.is_read = not self.is_read
+        self.now_s += self.next_s
+        self.taken_s += self.next_s / 2
+        self.next_s = PLANNING_S
         return self.now_s
 
     def take_s(self):
@@ -260,7 +257,7 @@ class Machine:
         self.ms += 1000 * self.clock.take_s()
 
     def _retrace(self, drafter, token_ids, start, max_nodes):
-        self.clock.pair_s = RETRACING_S
+        self.clock.next_s = RETRACING_S
         return drafter.retrace(token_ids, start, max_nodes)
 
     def _verdict(self, draft):

@@ -307,11 +307,13 @@ class Engine:
     def _release(self, request_id: str) -> None:
         request = self._requests.pop(request_id)
         self.parts.scheduler.remove(request_id)
-        self.parts.planner.finish(request)
-        self.parts.planner.forget(request_id)
-        self.loop.forget(request_id)
-        for label in request.drafters:
-            self.drafters[label].stop(request_id)
+        try:
+            self.parts.planner.finish(request)
+        finally:  # it asks drafters, which may fail
+            self.parts.planner.forget(request_id)
+            self.loop.forget(request_id)
+            for label in request.drafters:
+                self.drafters[label].stop(request_id)
 
     def _labels(
         self, drafters: Sequence[str] | None, params: SamplingParams, *, has_reference: bool

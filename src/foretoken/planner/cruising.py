@@ -15,7 +15,7 @@ from foretoken.planner.choices import Seen
 from foretoken.planner.pacing import Pace
 
 _LEAST_STEPS = 2  # for which it is worth beginning
-_MOST_NOTES = 6  # steps, after which it may be told that the plan is found wanting
+_MOST_NOTES = 3  # steps, after which it may be told that the plan is found wanting
 
 
 class Cruise:

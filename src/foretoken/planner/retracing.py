@@ -16,6 +16,7 @@ _MOST_CREDIT_S = 0.02
 _LEAST_S = 1e-6  # that asking takes
 _MOST_TOKENS = 256  # of a text, the newest, are enough to tell ...
 _LEAST_TOKENS = 16  # ... and fewer tell too little
+_LEAST_NEWS = 1e-3  # tokens that a draft is worth more or less; fewer change nothing for others
 _NEW_TOKENS = 64  # of a request that goes on, after which it is worth asking again
 _SHARE_OF_FIRST = 0.5  # of what may be spent, for the cheapest drafter at once
 _RATE_OF_DIFFERENCE = 0.01  # weight of the newest draft in how two drafters differ
@@ -69,10 +70,9 @@ class Retracing:
         self._credit_s = self._last_s = 0.0  # what may be spent, and when that was reckoned
         self._num_seen: dict[str, int] = {}  # tokens of a request
         self._token_s: dict[str, float] = {}  # of each drafter, what a token takes
-        for label in self._retraces:
-            self._ask(label, _EXAMPLE, len(_EXAMPLE))  # compiled before a step waits for it
+        self._lap_s = self._clock() if self._retraces else 0.0
+        for label in (*self._retraces, *self._retraces):  # first they are compiled
             self._ask(label, _EXAMPLE, len(_EXAMPLE))
-        self._credit_s = 0.0
         self._base, *others = sorted(self._retraces, key=self._token_s.__getitem__) or [""]
         self._differences = {label: _Difference(max_nodes) for label in others}
         self._turns = others
@@ -94,44 +94,56 @@ class Retracing:
             How many tokens more a draft is worth to others than it was thought to be.
         """
         num_ids = len(text.token_ids)
-        known = self._num_seen.get(text.request_id, text.num_prompt_ids) + 1
-        if not self._retraces or num_ids - known < least:
+        num_new = num_ids - self._num_seen.get(text.request_id, text.num_prompt_ids) - 1
+        if not self._retraces or num_new < least or not self._has_credit():
             return 0.0
+        start_s = self._lap_s = self._clock()
         self._num_seen[text.request_id] = num_ids
-        self._credit_s += RETRACING_SHARE * (self._probes.seconds - self._last_s)
-        self._credit_s = min(_MOST_CREDIT_S, self._credit_s)
-        self._last_s = self._probes.seconds
-        own = self._most(self._base, min(_MOST_TOKENS, num_ids - known), _SHARE_OF_FIRST)
-        if own < _LEAST_TOKENS:
-            return 0.0
-        counts, base = self._ask(self._base, text.token_ids, own), self._base
-        news = self._experience.learn_text(text, base, counts[1:] / counts[0], int(counts[0]))
-        if self._turns:
-            self._learn_next(text, own)
-        for label, difference in self._differences.items():
-            self._experience.learn_difference(text, label, base, difference.mean)
+        news = self._learn(text, min(_MOST_TOKENS, num_new))
+        self._credit_s -= self._clock() - start_s
         return news
 
-    def _learn_next(self, text: Text, most: int) -> None:
+    def _has_credit(self) -> bool:
+        """Return whether there is time to ask anybody."""
+        seconds = self._probes.seconds
+        self._credit_s += RETRACING_SHARE * (seconds - self._last_s)
+        self._credit_s, self._last_s = min(_MOST_CREDIT_S, self._credit_s), seconds
+        return self._credit_s > 0
+
+    def _learn(self, text: Text, most: int) -> float:
+        base, own = self._base, self._most(self._base, most, _SHARE_OF_FIRST)
+        if own < _LEAST_TOKENS:
+            return 0.0
+        counts = self._ask(base, text.token_ids, own)
+        worth, num_drafts = counts[1:] / counts[0], int(counts[0])
+        news = self._experience.learn_text(text, base, worth, num_drafts)
+        is_told = bool(self._turns) and self._learn_next(text, own)
+        if is_told or abs(news) > _LEAST_NEWS:
+            for label, difference in self._differences.items():
+                self._experience.learn_difference(text, label, base, difference.mean)
+        return news
+
+    def _learn_next(self, text: Text, most: int) -> bool:
         """Learn how the drafter whose turn it is differs from the cheapest, if there is time."""
         label = self._turns[0]
         most = self._most(label, most)
-        if most >= _LEAST_TOKENS:
-            self._turns = [*self._turns[1:], label]
-            pair = [self._ask(it, text.token_ids, most) for it in (label, self._base)]
-            self._differences[label].learn(*pair)
+        if most < _LEAST_TOKENS:
+            return False
+        self._turns = [*self._turns[1:], label]
+        pair = [self._ask(it, text.token_ids, most) for it in (label, self._base)]
+        self._differences[label].learn(*pair)
+        return True
 
     def _most(self, label: str, most: int, share: float = 1.0) -> int:
         """Return how many tokens a drafter may be asked of for a share of what may be spent."""
         return min(most, int(share * self._credit_s / self._token_s[label]))
 
     def _ask(self, label: str, token_ids: Sequence[int], most: int) -> NDArray[np.int64]:
-        """Return what a drafter says of the last tokens of a text, and pay for it."""
-        start_s, start = self._clock(), max(1, len(token_ids) - most)
+        """Return what a drafter says of the last tokens of a text, and note its price."""
+        start = max(1, len(token_ids) - most)
         counts = self._retraces[label](token_ids, start, self._max_nodes)
-        seconds = max(_LEAST_S, self._clock() - start_s)
-        self._token_s[label] = seconds / most
-        self._credit_s -= seconds
+        before_s, self._lap_s = self._lap_s, self._clock()
+        self._token_s[label] = max(_LEAST_S, self._lap_s - before_s) / most
         return counts
 
     def forget(self, request_id: str) -> None:
