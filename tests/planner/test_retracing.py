@@ -141,6 +141,20 @@ def test_only_what_is_new_of_a_request_that_goes_on_is_asked_for():
     assert situation.quick.num_asked[0] == 256
 
 
+def test_where_nobody_copies_only_the_cheapest_is_asked_of_every_text():
+    situation = Situation(quick=0.0, slow=0.0)
+    situation.pass_s(10.0)
+    for number in range(64):
+        situation.retracing.learn(text(64, f"r{number}"))
+    assert len(situation.slow.num_asked) == 7  # after 1, 2, 4 and 8 texts, and three times 16
+    assert len(situation.quick.num_asked) == 64 + 7
+    situation.slow.worth = situation.quick.worth = 0.5
+    situation.forget()
+    for number in range(64):
+        situation.retracing.learn(text(64, f"s{number}"))
+    assert len(situation.slow.num_asked) > 45
+
+
 def test_without_such_drafters_nothing_is_asked():
     clock = Clock()
     experience = Experience(ARMS, tuple(GUESSES), 4, GUESSES)

@@ -17,6 +17,7 @@ _LEAST_S = 1e-6  # that asking takes
 _MOST_TOKENS = 256  # of a text, the newest, are enough to tell ...
 _LEAST_TOKENS = 16  # ... and fewer tell too little
 _LEAST_NEWS = 1e-3  # tokens that a draft is worth more or less; fewer change nothing for others
+_MOST_PATIENCE = 16  # texts, until others than the cheapest are asked, where nobody copies
 _NEW_TOKENS = 64  # of a request that goes on, after which it is worth asking again
 _SHARE_OF_FIRST = 0.5  # of what may be spent, for the cheapest drafter at once
 _RATE_OF_DIFFERENCE = 0.01  # weight of the newest draft in how two drafters differ
@@ -53,7 +54,7 @@ class Retracing:
         retraces: By drafter; those that cannot tell are not in it.
         max_nodes: Most draft tokens per request and step.
         experience: It learns from them.
-        probes: They know how much time has passed.
+        probes: They know how much time has passed, and have that much less to spend.
         clock: Seconds.
     """
 
@@ -76,6 +77,7 @@ class Retracing:
         self._base, *others = sorted(self._retraces, key=self._token_s.__getitem__) or [""]
         self._differences = {label: _Difference(max_nodes) for label in others}
         self._turns = others
+        self._num_waited, self._patience = 0, 1  # texts since one of them was asked, and until then
 
     def learn_all(self, shares: Sequence[Share]) -> None:
         """Learn from requests that go on, where enough is new."""
@@ -100,7 +102,9 @@ class Retracing:
         start_s = self._lap_s = self._clock()
         self._num_seen[text.request_id] = num_ids
         news = self._learn(text, min(_MOST_TOKENS, num_new))
-        self._credit_s -= self._clock() - start_s
+        seconds = self._clock() - start_s
+        self._credit_s -= seconds
+        self._probes.pay(seconds)  # who can tell needs no trials
         return news
 
     def _has_credit(self) -> bool:
@@ -127,11 +131,16 @@ class Retracing:
         """Learn how the drafter whose turn it is differs from the cheapest, if there is time."""
         label = self._turns[0]
         most = self._most(label, most)
-        if most < _LEAST_TOKENS:
+        self._num_waited += 1
+        if most < _LEAST_TOKENS or self._num_waited < self._patience:
             return False
         self._turns = [*self._turns[1:], label]
         pair = [self._ask(it, text.token_ids, most) for it in (label, self._base)]
         self._differences[label].learn(*pair)
+        # Where nobody copies anything there is no difference to be learned.
+        is_copied = any(counts[1:].any() for counts in pair)
+        self._patience = 1 if is_copied else min(_MOST_PATIENCE, 2 * self._patience)
+        self._num_waited = 0
         return True
 
     def _most(self, label: str, most: int, share: float = 1.0) -> int:
