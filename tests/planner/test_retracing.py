@@ -92,7 +92,7 @@ def test_one_text_tells_what_drafts_that_nobody_made_are_worth():
 
 def test_it_takes_no_more_than_its_share_and_the_cheapest_goes_first():
     situation = Situation(quick_s=0.2e-6, slow_s=5e-6)
-    spent_s, start_s = 0.0, situation.clock.now_s
+    start_s = situation.clock.now_s
     for number in range(500):
         situation.pass_s(0.02)
         situation.retracing.learn(text(64, f"r{number}"))
@@ -245,7 +245,7 @@ def test_who_is_told_of_is_not_tried():
     assert ("copy",) not in tried
 
 
-def test_random_texts_cost_little(monkeypatch):
+def test_random_texts_cost_little():
     rng = random.Random(0)
     chances = [{"copy": 0.02 * rng.random()} for _ in range(60)]
 

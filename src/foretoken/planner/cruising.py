@@ -1,7 +1,7 @@
 """Steps by a plan that holds: nothing is decided in them, and what came of them is told later.
 
-Beside a small model whatever is done in every step shows: where a step takes less than a
-millisecond, code that nothing else has called meanwhile makes three percent of it.
+Beside a small model whatever is done in every step shows, most of all code that nothing else has
+called meanwhile.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ class Cruise:
 
     Attributes:
         is_on: Whether it has answered for this step.
-        notes: What came of steps that nobody has been told of.
     """
 
     def __init__(self, pace: Pace) -> None:
@@ -36,7 +35,7 @@ class Cruise:
         self._sizes: Sequence[int] = ()
         self._needs: list[int] = []  # nodes that each request's own bounds have to allow
         self.is_on = False
-        self.notes: list[Seen] = []
+        self._notes: list[Seen] = []  # of steps that nobody has been told of
 
     def begin(self, orders: Sequence[Order], sizes: Sequence[int]) -> None:
         """Go on like in this step as long as plan and requests stay as they are.
@@ -77,12 +76,12 @@ class Cruise:
 
     def note(self, seen: Seen) -> bool:
         """Note what came of a step; return whether it is time to tell."""
-        self.notes.append(seen)
-        return len(self.notes) >= _MOST_NOTES
+        self._notes.append(seen)
+        return len(self._notes) >= _MOST_NOTES
 
     def take_notes(self) -> list[Seen]:
         """Return what came of the steps that nobody has been told of, and forget it."""
-        notes, self.notes = self.notes, []
+        notes, self._notes = self._notes, []
         return notes
 
     def end(self) -> None:

@@ -115,6 +115,7 @@ class Retracing:
         return self._credit_s > 0
 
     def _learn(self, text: Text, most: int) -> float:
+        """Learn from as many of the last tokens of a text, if there is time; return as `learn`."""
         base, own = self._base, self._most(self._base, most, _SHARE_OF_FIRST)
         if own < _LEAST_TOKENS:
             return 0.0
