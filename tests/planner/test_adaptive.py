@@ -313,6 +313,29 @@ def test_a_prompt_that_is_read_during_a_trial_is_not_paid_for_as_one():
     assert planner._probes._credit_s == before
 
 
+def test_a_trial_that_is_lucky_earns_what_one_that_is_not_costs():
+    """Luck cost and did not pay: what was as good as the plan was tried as if it lost a third."""
+    simulated = machine(SMALL, good=0.85)
+    planner = simulated.planner()
+    simulated.run(planner, num_steps=1000)
+    share = SimulatedShare("r0", ("model", "copy"), DraftBudget(max_nodes=16, max_depth=16))
+
+    def earned(seconds):
+        while not (planner._is_trial and planner._step is None):
+            simulated._step(planner, [share])
+            planner.order([share])
+        planner.choose([share], [Draft.empty(RIGHT)])
+        before = planner._probes._credit_s
+        verdict = Verdict((), (RIGHT,), FinalKind.RECOVERED)
+        planner.observe([share], [Draft.empty(RIGHT)], [verdict], StepTimes({}, 0.0, seconds))
+        return planner._probes._credit_s - before
+
+    usual_s = 1e-3 / planner._rate  # of a token
+    lucky, unlucky = earned(0.5 * usual_s), earned(1.5 * usual_s)
+    assert lucky > 0
+    assert lucky == pytest.approx(-unlucky, rel=0.3)
+
+
 def test_batches_of_sizes_that_come_back_are_planned_no_more_often_than_one_of_the_same_size():
     """Four requests that begin together end one by one: 4, 3, 2, 1, and again."""
     budget = DraftBudget(max_nodes=16, max_depth=16)

@@ -1,7 +1,7 @@
 """Texts that change: what was learned of one kind does not stand in the way of the next."""
 
 import math
-from collections import Counter
+from collections import defaultdict
 from dataclasses import replace
 from statistics import harmonic_mean, mean
 
@@ -15,7 +15,7 @@ from foretoken.planner.base import StepTimes
 from foretoken.planner.choices import Seen
 from foretoken.planner.experience import Experience
 from foretoken.planner.gains import Gains, list_arms
-from foretoken.planner.holding import Counts, Holding
+from foretoken.planner.holding import Counts, Holding, Tally
 from foretoken.planner.trials import Trials
 from tests.planner.simulation import FixedSize, Machine, SimulatedDrafter, SimulatedShare
 from tests.planner.test_adaptive import LARGE, SMALL, machine
@@ -113,6 +113,13 @@ def test_two_drafters_that_copy_the_same_give_as_much_as_the_cheap_one_alone():
 # -- the parts ---------------------------------------------------------------------------------
 
 
+def counted(num_steps, num_taken):
+    """What is counted if drafts give as much as each other, as far as that is possible."""
+    each, rest = divmod(num_taken, num_steps)
+    num_squares = (num_steps - rest) * each**2 + rest * (each + 1) ** 2
+    return {"num_steps": num_steps, "num_taken": num_taken, "num_squares": num_squares}
+
+
 def gains_of(*, first=0.5, num_requests=1):
     gains = Gains([("model",), ("copy",)], 4, {"model": first, "copy": 0.1})
     gains.of([(f"r{index}", 0) for index in range(num_requests)])
@@ -122,7 +129,7 @@ def gains_of(*, first=0.5, num_requests=1):
 def test_counts_scale_what_drafts_are_worth():
     gains = gains_of()
     before = gains.of([("r0", 0)])[0]
-    factor = gains.learn_count(("r0", 0), 0, 2, num_steps=1000, num_taken=375)
+    factor = gains.learn_count(("r0", 0), 0, 2, **counted(1000, 375))
     after = gains.of([("r0", 0)])[0]
     assert after[0, :2].sum() == pytest.approx(0.375, rel=0.02)  # they were 0.5 + 0.25
     assert after[0] == pytest.approx(before[0] * factor)
@@ -132,15 +139,15 @@ def test_counts_scale_what_drafts_are_worth():
 def test_counts_as_expected_change_nothing():
     gains = gains_of()
     before = gains.of([("r0", 0)])
-    assert gains.learn_count(("r0", 0), 0, 2, num_steps=4, num_taken=3) == pytest.approx(1.0)
+    assert gains.learn_count(("r0", 0), 0, 2, **counted(4, 3)) == pytest.approx(1.0)
     assert gains.of([("r0", 0)]) == pytest.approx(before)
 
 
 def test_few_counts_say_little_and_none_is_worth_more_than_a_token():
     gains = gains_of()
-    assert 1.0 < gains.learn_count(("r0", 0), 0, 1, num_steps=1, num_taken=1) < 1.2
+    assert 1.0 < gains.learn_count(("r0", 0), 0, 1, **counted(1, 1)) < 1.2
     for _ in range(100):
-        gains.learn_count(("r0", 0), 0, 4, num_steps=64, num_taken=256)
+        gains.learn_count(("r0", 0), 0, 4, **counted(64, 256))
     assert gains.of([("r0", 0)])[0, 0] == pytest.approx([1.0] * 4)
 
 
@@ -160,27 +167,28 @@ def test_what_each_of_several_drafters_would_have_given_alone_is_counted():
     cut = Verdict((1,), (1, 1), FinalKind.BONUS)
     holding.count(seen_step(cut, union.keep([0, 1, 4]), union), is_union=True)
     counts = holding.take("r")
-    assert (counts.num_steps, counts.num_taken) == (4, 5)
-    assert counts.alone == {"a": 5, "b": 2, "c": 1}
+    assert (counts.num_steps, counts.taken) == (4, Tally(5, 11))  # 3, 1, 0 and 1 of a draft
+    assert counts.alone == {"a": Tally(5, 13), "b": Tally(2, 2), "c": Tally(1, 1)}
 
 
 def test_parts_of_a_union_learn_what_they_gave_even_if_it_is_nothing():
     experience = Experience([("a",), ("b",), ("a", "b")], ("a", "b"), 4, {"a": 0.5, "b": 0.5})
     share = SimulatedShare("r", ("a", "b"), None)
     before = experience.gains([share])[0].sum(axis=1)
-    alone = Counter(a=30)
-    experience.learn_counts("r", ("a", "b"), 4, Counts(0.0, ("a", "b"), 10, 30, alone))
+    alone = defaultdict(Tally, a=Tally(30, 90))
+    counts = Counts(0.0, ("a", "b"), 10, Tally(30, 90), alone)
+    experience.learn_counts("r", ("a", "b"), 4, counts)
     after = experience.gains([share])[0].sum(axis=1)
     assert after[0] > before[0]
     assert after[1] < before[1] / 2
-    experience.learn_counts("r", ("a",), 4, Counts(0.0, ("b",), 10, 0))  # it may not have "a"
+    experience.learn_counts("r", ("a",), 4, Counts(0.0, ("b",), 10))  # it may not have "a"
     assert experience.gains([share])[0].sum(axis=1) == pytest.approx(after)
 
 
 def test_a_request_that_was_never_planned_for_teaches_others():
     gains = gains_of()
     before = gains.of([("r1", 0)])[0, 0].sum()
-    gains.learn_count(("new", 0), 0, 4, num_steps=20, num_taken=60)
+    gains.learn_count(("new", 0), 0, 4, **counted(20, 60))
     assert gains.of([("r2", 0)])[0, 0].sum() > before
 
 
@@ -188,10 +196,10 @@ def test_a_request_that_nobody_drafted_for_follows_what_others_show():
     """It kept what was known when it began: of sixteen, half were never drafted for."""
     gains = gains_of(num_requests=2)
     for _ in range(8):
-        gains.learn_count(("r0", 0), 0, 4, num_steps=20, num_taken=70)
+        gains.learn_count(("r0", 0), 0, 4, **counted(20, 70))
     first, second = gains.of([("r0", 0), ("r1", 0)])[:, 0, 0]
     assert second == pytest.approx(first, rel=0.2)
-    gains.learn_count(("r1", 0), 0, 4, num_steps=4, num_taken=0)  # its own luck counts from there
+    gains.learn_count(("r1", 0), 0, 4, **counted(4, 8))  # its own luck counts from there
     assert second / 2 < gains.of([("r1", 0)])[0, 0, 0] < second
 
 
@@ -206,7 +214,7 @@ def test_drafts_that_some_of_many_requests_have_are_soon_drafted_for_all():
 def test_a_union_is_worth_no_less_than_its_best_part():
     gains = Gains([("a",), ("b",), ("a", "b")], 4, {"a": 0.5, "b": 0.1})
     gains.of([("r", 0)])
-    gains.learn_count(("r", 0), 2, 4, num_steps=100, num_taken=0)
+    gains.learn_count(("r", 0), 2, 4, **counted(100, 0))
     first, second, union = gains.of([("r", 0)])[0]
     assert (union == first).all()
     assert (first > second).all()
@@ -215,7 +223,7 @@ def test_a_union_is_worth_no_less_than_its_best_part():
 def test_a_new_request_begins_with_what_others_counted():
     gains = gains_of()
     for _ in range(12):
-        gains.learn_count(("r0", 0), 0, 1, num_steps=20, num_taken=0)
+        gains.learn_count(("r0", 0), 0, 1, **counted(20, 0))
     assert gains.of([("r1", 0)])[0, 0, 0] < 0.1
 
 
@@ -231,7 +239,7 @@ def test_texts_that_change_at_one_temperature_change_at_the_others():
             gains.learn((f"story {kind}", kind), 0, np.array([0.1, 0.05]), 2)
     before = {kind: gains.of([(f"before {kind}", kind)])[0, 0, 0] for kind in (0, 3)}
     for index in range(8):
-        gains.learn_count((f"edit {index}", 0), 0, 2, num_steps=20, num_taken=30)
+        gains.learn_count((f"edit {index}", 0), 0, 2, **counted(20, 30))
     after = {kind: gains.of([(f"after {kind}", kind)])[0, 0, 0] for kind in (0, 3)}
     assert after[0] > 4 * before[0]
     assert after[3] == pytest.approx(after[0], rel=0.05)
@@ -250,7 +258,7 @@ def test_holding_counts_tokens_of_the_plan_alone():
     drafters = ("forced", "model")
     holding.count(seen_step(verdict([1, 2, 3]), draft, drafters=drafters))
     holding.count(seen_step(None, draft, drafters=drafters))
-    assert holding.take("r") == Counts(0.0, drafters, 1, 2)
+    assert holding.take("r") == Counts(0.0, drafters, 1, Tally(2, 4))
     assert holding.take("r") is None
 
 

@@ -6,7 +6,7 @@ import os
 import warnings
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -91,18 +91,22 @@ class SuffixOptions:
 
 @dataclass(slots=True)
 class _RequestText:
-    """A request's tokens, as the engine shows them, and the index over them."""
+    """A request's tokens, as the engine shows them, and the index over them.
+
+    There is none until the first draft: most requests of a planner that decodes plainly have none.
+    """
 
     token_ids: Sequence[int]
     num_prompt_ids: int
-    index: SuffixIndex = field(init=False)
+    index: SuffixIndex | None = None
 
-    def __post_init__(self) -> None:
-        self.index = SuffixIndex(MAX_CAPACITY, self.num_prompt_ids + 64)
-
-    def catch_up(self, token_ids: Sequence[int]) -> None:
+    def caught_up(self, token_ids: Sequence[int]) -> SuffixIndex:
+        """Return the index with all tokens in it."""
         self.token_ids = token_ids
+        if self.index is None:
+            self.index = SuffixIndex(MAX_CAPACITY, self.num_prompt_ids + 64)
         self.index.extend(token_ids[self.index.num_tokens :])
+        return self.index
 
 
 class PastOutputs:
@@ -212,7 +216,7 @@ class SuffixDrafter(Drafter, Retracer):
         return cls(options, PastOutputs(options, host) if options.max_tokens else None)
 
     def start(self, request: RequestView) -> None:
-        """Begin an index of the request's own; the prompt is added with the first draft."""
+        """Take note of a request; an index of its own begins with the first draft."""
         prompt_ids = request.prompt_ids
         self._requests[request.request_id] = _RequestText(prompt_ids, len(prompt_ids))
 
@@ -223,12 +227,12 @@ class SuffixDrafter(Drafter, Retracer):
     def follow(self, context: DraftContext, path: Sequence[int]) -> Draft:
         """Return the better of two trees below a path."""
         own = self._requests[context.request_id]
-        own.catch_up(context.token_ids)
+        index = own.caught_up(context.token_ids)
         root_id = path[-1] if path else context.token_ids[-1]
         if context.budget.is_empty:
             return Draft.empty(root_id)
-        with own.index.extended(path):
-            best = self._best_tree(own.index, context.budget)
+        with index.extended(path):
+            best = self._best_tree(index, context.budget)
         return Draft.empty(root_id) if best is NOTHING else best.as_draft(root_id, "suffix")
 
     def retrace(self, token_ids: Sequence[int], start: int, max_nodes: int) -> NDArray[np.int64]:

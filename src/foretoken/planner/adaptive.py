@@ -309,7 +309,7 @@ class AdaptivePlanner(Planner):
         if self._cruise.is_on and self._cruise.are_within(drafts):
             return list(drafts)
         if self._step is None:
-            return [self._within(share, draft) for share, draft in zip(shares, drafts, strict=True)]
+            return [self._within(*pair) for pair in zip(shares, drafts, strict=True)]
         if not any(draft.tree.num_draft_tokens for draft in drafts):
             self._step.probs = [[1.0]] * len(drafts)  # of the roots
             return list(drafts)
@@ -358,13 +358,13 @@ class AdaptivePlanner(Planner):
         has_prompts = seen.has_prompts
         if not has_prompts:
             self._probes.earn(times.total_s)
-            if self._is_trial:
-                # What it took longer than the way that it replaces would have.
+            if self._is_trial:  # it costs what it took longer than the way that it replaces
                 loss_s = lost_s(verdicts, times, min(self._rate, self._delivered))
-                self._probes.pay(max(LEAST_LOSS * times.total_s, loss_s))
+                self._probes.pay(LEAST_LOSS * times.total_s + loss_s)
         if self._step is not None:
-            self._step.arm, self._step.is_trial = self._choice[0], self._is_trial
-            self._step.is_new, self._step.is_plain = self._is_new, not self._present
+            self._step.arm, self._step.is_new = self._choice[0], self._is_new
+            self._step.trial_loss = self._trials.loss if self._is_trial else None
+            self._step.is_plain = not self._present
             self._learning.learn_planned(self._step, seen)
         elif not has_prompts:
             arm, is_judged = self._choice[0], self._is_trial or self._pace.is_settled

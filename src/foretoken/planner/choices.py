@@ -29,7 +29,8 @@ class PlannedStep:
         draft_ms: What drafting was expected to take.
         own_s: What planning took so far.
         arm: The way that is used.
-        is_trial: Whether that is not the one that the plan prefers.
+        trial_loss: If that is not the one that the plan prefers, the part of its time that it is
+            expected to waste.
         is_new: Whether the one that it prefers is another than that of the last plan.
         is_plain: Whether that is plain decoding.
     """
@@ -40,7 +41,7 @@ class PlannedStep:
     draft_ms: float = 0.0
     own_s: float = 0.0
     arm: Arm = ()
-    is_trial: bool = False
+    trial_loss: float | None = None
     is_new: bool = False
     is_plain: bool = False
 

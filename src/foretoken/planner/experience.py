@@ -225,31 +225,30 @@ class Experience:
             return
         size = min(size, self._max_nodes)
         parts = arm if len(arm) > 1 else ()
-        taken = {arm: counts.num_taken} | {(label,): counts.alone[label] for label in parts}
+        taken = {arm: counts.taken} | {(label,): counts.alone[label] for label in parts}
         request = request_id, temperature_class(counts.temperature)
-        for way, num_taken in taken.items():
-            index = self._arms.index(way)
-            factor = self._gains.learn_count(request, index, size, counts.num_steps, num_taken)
+        for way, tally in taken.items():
+            index, num_steps = self._arms.index(way), counts.num_steps
+            factor = self._gains.learn_count(
+                request, index, size, num_steps, tally.num_taken, tally.num_squares
+            )
             if way == arm:
                 for label in arm:  # guesses that are worth more than was thought boast less
                     self._boast[label] -= math.log(factor)
 
-    def learn_text(
-        self, text: Text, label: str, worth: NDArray[np.float64], num_drafts: int
-    ) -> float:
+    def learn_text(self, text: Text, label: str, counts: NDArray[np.int64]) -> float:
         """Learn what a drafter would have given alone along a text, whatever was used for it.
 
         Args:
             text: Of a request.
             label: The drafter.
-            worth: Of each node of its drafts, [N].
-            num_drafts: From which that is known.
+            counts: Its drafts, at least one, and those of which each node was taken, [1 + N].
 
         Returns:
             How many tokens more a draft is worth to others than before.
         """
         arm = self._arms.index((label,))
-        return self._gains.learn_text(_request(text), arm, worth, num_drafts)
+        return self._gains.learn_text(_request(text), arm, counts)
 
     def learn_difference(
         self, text: Text, label: str, other: str, difference: NDArray[np.float64]

@@ -6,8 +6,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from foretoken.core.jit import jit, jit_borrowing
+from foretoken.planner.spread import STRENGTH, learn_spread
 
 PRIOR_DRAFTS = 2.0  # drafts that what was known before is worth, when there are none yet
+RATE_OF_ALL = 0.03  # weight of the newest draft for anybody
+# Of steps whose tokens were only counted: the weight of each for anybody, and the most that those
+# of one plan or one text count, unless they surprise. Plans of unlucky steps are soon replaced;
+# where as much was learned from those as from ten times as many good ones, drafts were underrated.
+_RATE_OF_COUNT, _MOST_OF_COUNTS = 0.01, 0.6
+_MOST_OF_TEXT = 0.25
+# The weight of each for the request, at most, and in parts of one over what all weigh.
+_RATE_FOR_REQUEST, _SHARE_FOR_REQUEST = 0.06, 0.36
 _PRIOR_TOKENS = 0.5  # tokens that were taken as expected, beside those that were counted
 _LEAST_TOKENS = 0.05  # a draft, so that nothing is a multiple of nothing
 _LARGEST_CHANGE = 4.0  # of what drafts are worth, by what one plan or one text has shown
@@ -53,60 +62,99 @@ def _scale(
     return factor
 
 
+@jit
+def _surprised(rate: float, surprise: float) -> float:
+    """Return a rate that what surprises raises: to 1, if chance cannot have been."""
+    return rate + (1.0 - rate) * surprise
+
+
+@jit
+def _own_rate(strength: float, num_steps: int, num_counted: float) -> float:
+    """Return the weight of counted steps for their request.
+
+    Args:
+        strength: Steps that what is known of all counts as much as.
+        num_steps: How many.
+        num_counted: Of this request so far, these included.
+    """
+    usual = min(_RATE_FOR_REQUEST, _SHARE_FOR_REQUEST / strength)
+    return max(num_steps / (num_counted + strength), 1.0 - (1.0 - usual) ** num_steps)
+
+
+@jit
+def _spread_of_counts(
+    of_all: NDArray[np.float64],
+    spread: NDArray[np.float64],
+    place: tuple[int, int, int],
+    counts: tuple[int, int, int, int],
+) -> float:
+    """Learn how much drafts differ; return how surprising a count is. As for `learn_counts`."""
+    (kind, _, arm), (num_asked, num_steps, num_taken, num_squares) = place, counts
+    expected = 0.0
+    for node in range(num_asked):
+        expected += of_all[kind, arm, node]
+    return learn_spread(spread, arm, expected, (num_steps, num_taken, num_squares))
+
+
 @jit_borrowing
 def learn_counts(
-    of_all: NDArray[np.float64],
-    kind: int,
-    of_request: NDArray[np.float64],
-    row: int,
-    arm: int,
-    counts: tuple[int, int, int],
-    weights: tuple[float, float],
+    known: tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]],
+    place: tuple[int, int, int],
+    counts: tuple[int, int, int, int],
+    num_counted: float,
 ) -> float:
     """Scale what a way is worth by counted tokens, for anybody and for a request.
 
     One call: each finds nothing of its own in the processor's caches.
 
     Args:
-        of_all: By class of temperature; those of other classes are scaled alike.
-        kind: The class of the request.
-        of_request: By row.
-        row: Of the request.
-        arm: The way.
-        counts: As for `_scale`.
-        weights: For anybody, and for the request.
+        known: Of all by class of temperature, of which others than the request's are scaled
+            alike; of requests by row; how much drafts differ, by way.
+        place: The request's class and row, and the way.
+        counts: Nodes that each draft could have had; as many drafts; tokens of them that were
+            taken, and the sum of these tokens' squares by draft.
+        num_counted: Drafts of this request so far, these included.
 
     Returns:
         The factor for the request.
     """
-    num_asked, num_steps, num_taken = counts
-    factor = _scale(of_all, kind, arm, weights[0], num_asked, num_steps, num_taken)
+    (of_all, of_request, spread), (kind, row, arm) = known, place
+    num_asked, num_steps, num_taken, _ = counts
+    surprise = _spread_of_counts(of_all, spread, place, counts)
+    usual = min(_MOST_OF_COUNTS, 1.0 - (1.0 - _RATE_OF_COUNT) ** num_steps)
+    rate = _surprised(usual, surprise)
+    factor = _scale(of_all, kind, arm, rate, num_asked, num_steps, num_taken)
     for other in range(len(of_all)):
         if other != kind:
             for node in range(of_all.shape[2]):
                 of_all[other, arm, node] = min(of_all[other, arm, node] * factor, 1.0)
-    return _scale(of_request, row, arm, weights[1], num_asked, num_steps, num_taken)
+    rate = _own_rate(spread[arm, STRENGTH], num_steps, num_counted)
+    return _scale(of_request, row, arm, rate, num_asked, num_steps, num_taken)
 
 
 @jit_borrowing
 def learn_luck(
-    of_request: NDArray[np.float64],
-    row: int,
-    arm: int,
+    known: tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]],
+    place: tuple[int, int, int],
     are_alike: NDArray[np.bool_],
-    counts: tuple[int, int, int],
-    rate: float,
+    counts: tuple[int, int, int, int],
+    num_counted: float,
 ) -> float:
-    """Scale what some ways are worth to a request by what came of one of them; return the factor.
+    """Scale what some ways are worth to a request by what came of one of them.
 
     Args:
-        of_request: By row.
-        row: Of the request.
-        arm: The way whose tokens were counted.
+        known: As for `learn_counts`.
+        place: The request's class and row, and the way whose tokens were counted.
         are_alike: The ways, this one included, [A].
-        counts: As for `_scale`.
-        rate: Their weight.
+        counts: As for `learn_counts`.
+        num_counted: Likewise.
+
+    Returns:
+        The factor.
     """
+    (of_all, of_request, spread), (_, row, arm) = known, place
+    _spread_of_counts(of_all, spread, place, counts)
+    rate = _own_rate(spread[arm, STRENGTH], counts[1], num_counted)
     factor = _scale(of_request, row, arm, rate, counts[0], counts[1], counts[2])
     for other in range(len(are_alike)):
         if are_alike[other] and other != arm:
@@ -117,10 +165,10 @@ def learn_luck(
 
 @jit_borrowing
 def learn_text(
-    known: tuple[NDArray[np.float64], NDArray[np.float64]],
+    known: tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]],
     place: tuple[int, int, int],
-    worth: NDArray[np.float64],
-    weights: tuple[float, float],
+    counts: NDArray[np.int64],
+    num_drafts: float,
 ) -> float:
     """Move what a way is worth to anybody, and to a request, towards what a text has shown.
 
@@ -128,19 +176,29 @@ def learn_text(
     tokens.
 
     Args:
-        known: Of all by class, and of requests by row.
+        known: As for `learn_counts`.
         place: The class, the request's row or -1, and the way.
-        worth: Of its nodes, [N].
-        weights: For anybody, and for the request.
+        counts: Drafts, and those of which each node was taken, [1 + N].
+        num_drafts: Of all texts so far, these included.
     """
-    (of_all, of_request), (kind, row, arm), (rate, own_rate) = known, place, weights
+    (of_all, of_request, spread), (kind, row, arm) = known, place
+    num_own, num_taken, num_squares = counts[0], 0, 0
     before = after = _LEAST_TOKENS
     for node in range(of_all.shape[2]):
+        num_taken += counts[1 + node]
+        num_squares += (2 * node + 1) * counts[1 + node]  # as if one follows the other
         before += of_all[kind, arm, node]
-        of_all[kind, arm, node] += rate * (worth[node] - of_all[kind, arm, node])
+    expected = before - _LEAST_TOKENS
+    surprise = learn_spread(spread, arm, expected, (num_own, num_taken, num_squares))
+    usual = min(_MOST_OF_TEXT, 1.0 - (1.0 - RATE_OF_ALL) ** num_own)
+    rate = max(num_own / (num_drafts + PRIOR_DRAFTS), _surprised(usual, surprise))
+    own_rate = num_own / (num_own + spread[arm, STRENGTH])
+    for node in range(of_all.shape[2]):
+        worth = counts[1 + node] / num_own
+        of_all[kind, arm, node] += rate * (worth - of_all[kind, arm, node])
         after += of_all[kind, arm, node]
         if row >= 0:
-            of_request[row, arm, node] += own_rate * (worth[node] - of_request[row, arm, node])
+            of_request[row, arm, node] += own_rate * (worth - of_request[row, arm, node])
     factor = min(_LARGEST_CHANGE, after / before)
     for other in range(len(of_all)):
         if other != kind:
@@ -189,4 +247,12 @@ def bounded(
     return result
 
 
-__all__ = ["PRIOR_DRAFTS", "blend", "bounded", "learn_counts", "learn_luck", "learn_text"]
+__all__ = [
+    "PRIOR_DRAFTS",
+    "RATE_OF_ALL",
+    "blend",
+    "bounded",
+    "learn_counts",
+    "learn_luck",
+    "learn_text",
+]

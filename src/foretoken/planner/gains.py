@@ -11,23 +11,19 @@ from numpy.typing import NDArray
 
 from foretoken.planner.gain_updates import (
     PRIOR_DRAFTS,
+    RATE_OF_ALL,
     blend,
     bounded,
     learn_counts,
     learn_luck,
     learn_text,
 )
+from foretoken.planner.spread import STRENGTH, new_spread
 
 MOST_PAIRED = 4  # drafters up to which every two of them are a way of their own
 
-_RATE_OF_REQUEST = 0.15  # weight of the newest draft of a request ...
-_RATE_OF_ALL = 0.03  # ... and of the newest draft of anybody
-# Of steps whose tokens were only counted: the weight of each for the request, unless it is one of
-# its first, and for anybody; and the most that those of one plan count for anybody.
-_RATE_OF_COUNT = 0.06
-_RATE_OF_COUNT_FOR_ALL = 0.03
-_MOST_OF_COUNTS = 0.25
-_PRIOR_STEPS = 6.0  # counted steps that what was known of others before is worth
+# Weight of the newest draft of a request, at most, and in parts of one over what all weigh.
+_RATE_OF_REQUEST, _SHARE_OF_REQUEST = 0.15, 0.9
 _NUM_CLASSES = 5  # of temperature: guesses come true less often where more is left to chance
 
 Arm = tuple[str, ...]
@@ -83,6 +79,7 @@ class Gains:
         self._counts = np.zeros((0, len(self.arms)))
         self._num_counted = np.zeros((0, len(self.arms)))  # steps of a request
         self._is_own = np.zeros((0, len(self.arms)), np.bool_)  # whether a request had such drafts
+        self._spread = new_spread(len(self.arms))
         # Whether whole texts tell what a way is worth; what its drafts give is then their own luck.
         self._is_retraced = np.zeros(len(self.arms), np.bool_)
         self._retraced: list[int] = []
@@ -90,10 +87,11 @@ class Gains:
         self._free: list[int] = []
         # Compiled, or found in the cache, before a step waits for it.
         none, counts = np.zeros((1, *prior.shape)), np.zeros((1, len(prior)))
-        blend(none, counts, 0, 0, np.zeros(1), 1, _RATE_OF_ALL)
-        learn_counts(none, 0, none, 0, 0, (1, 1, 0), (0.0, 0.0))
-        learn_luck(none, 0, 0, np.ones(len(prior), np.bool_), (1, 1, 0), 0.0)
-        learn_text((none, none), (0, 0, 0), none[0, 0], (0.0, 0.0))
+        known, nobody = (none, none, new_spread(len(prior))), (0, 0, 0)
+        blend(none, counts, 0, 0, np.zeros(1), 1, RATE_OF_ALL)
+        learn_counts(known, nobody, (1, 1, 0, 0), 1.0)
+        learn_luck(known, nobody, np.ones(len(prior), np.bool_), (1, 1, 0, 0), 1.0)
+        learn_text(known, nobody, np.ones(1 + max_nodes, np.int64), 1.0)
         places = np.zeros((1, 2), np.int64)
         bounded(none, none, np.zeros(counts.shape, np.bool_), places, self._parts)
 
@@ -123,12 +121,19 @@ class Gains:
         """
         row, kind = self._own_row(request, arm)
         asked = probs[:num_asked]
-        blend(self._of_request, self._counts, row, arm, asked, num_asked, _RATE_OF_REQUEST)
+        rate = min(_RATE_OF_REQUEST, _SHARE_OF_REQUEST / float(self._spread[arm, STRENGTH]))
+        blend(self._of_request, self._counts, row, arm, asked, num_asked, rate)
         if not self._is_retraced[arm]:
-            blend(self._of_all, self._all_counts, kind, arm, asked, num_asked, _RATE_OF_ALL)
+            blend(self._of_all, self._all_counts, kind, arm, asked, num_asked, RATE_OF_ALL)
 
     def learn_count(
-        self, request: tuple[str, int], arm: int, num_asked: int, num_steps: int, num_taken: int
+        self,
+        request: tuple[str, int],
+        arm: int,
+        num_asked: int,
+        num_steps: int,
+        num_taken: int,
+        num_squares: int,
     ) -> float:
         """Learn how many tokens the drafts of some steps gave, of which nothing else is known.
 
@@ -140,26 +145,23 @@ class Gains:
             num_asked: Nodes that each could have had, 1 to N.
             num_steps: As many drafts, at least one.
             num_taken: Draft tokens that were taken.
+            num_squares: Sum of the squares of those that were taken of each draft.
 
         Returns:
             The factor for the request.
         """
         row, kind = self._own_row(request, arm)
         self._num_counted[row, arm] += num_steps
-        first = num_steps / (self._num_counted[row, arm] + _PRIOR_STEPS)
-        usual = 1.0 - (1.0 - _RATE_OF_COUNT) ** num_steps
-        for_all = min(_MOST_OF_COUNTS, 1.0 - (1.0 - _RATE_OF_COUNT_FOR_ALL) ** num_steps)
-        counts, weights = (num_asked, num_steps, num_taken), (for_all, max(float(first), usual))
+        num_counted, known = float(self._num_counted[row, arm]), self._known
+        counts, place = (num_asked, num_steps, num_taken, num_squares), (kind, row, arm)
         if not self._is_retraced[arm]:
-            return learn_counts(self._of_all, kind, self._of_request, row, arm, counts, weights)
+            return learn_counts(known, place, counts, num_counted)
         # What is lucky for one that copies is lucky for the others.
         for other in self._retraced:
             self._own_row(request, other)
-        return learn_luck(self._of_request, row, arm, self._is_retraced, counts, weights[1])
+        return learn_luck(known, place, self._is_retraced, counts, num_counted)
 
-    def learn_text(
-        self, request: tuple[str, int], arm: int, worth: NDArray[np.float64], num_drafts: int
-    ) -> float:
+    def learn_text(self, request: tuple[str, int], arm: int, counts: NDArray[np.int64]) -> float:
         """Learn what a way would have given along a text, whatever was used for it.
 
         From then on this alone says what the way is worth to requests without such drafts.
@@ -167,8 +169,7 @@ class Gains:
         Args:
             request: Whose text it is: its id and temperature class.
             arm: Index of the way.
-            worth: Of its nodes, [N].
-            num_drafts: From which that is known.
+            counts: Drafts, at least one, and those of which each node was taken, [1 + N].
 
         Returns:
             How many tokens more a draft is worth to others than before.
@@ -176,11 +177,8 @@ class Gains:
         self._note_retraced(arm)
         row, kind = self._row(*request)
         place = kind, row if self._is_own[row, arm] else -1, arm
-        self._all_counts[kind, arm] += num_drafts
-        first = num_drafts / float(self._all_counts[kind, arm] + PRIOR_DRAFTS)
-        usual = min(_MOST_OF_COUNTS, 1.0 - (1.0 - _RATE_OF_ALL) ** num_drafts)
-        weights = max(first, usual), num_drafts / (num_drafts + _PRIOR_STEPS)
-        return learn_text((self._of_all, self._of_request), place, worth, weights)
+        self._all_counts[kind, arm] += counts[0]
+        return learn_text(self._known, place, counts, float(self._all_counts[kind, arm]))
 
     def learn_difference(
         self, request: tuple[str, int], arm: int, other: int, difference: NDArray[np.float64]
@@ -201,6 +199,10 @@ class Gains:
                 self._of_request[row, other] + difference, 0.0, 1.0
             )
 
+    @property
+    def _known(self) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+        return self._of_all, self._of_request, self._spread
+
     def _note_retraced(self, arm: int) -> None:
         if not self._is_retraced[arm]:
             self._is_retraced[arm] = True
@@ -218,8 +220,9 @@ class Gains:
         if not self._is_own[row, arm]:
             self._is_own[row, arm] = True
             self._of_request[row, arm] = self._of_all[kind, arm]
-            # What others have shown counts as much as a few drafts of its own.
-            self._counts[row, arm] = min(self._all_counts[kind, arm], PRIOR_DRAFTS)
+            # What others have shown counts as much as so many drafts of its own.
+            strength = float(self._spread[arm, STRENGTH])
+            self._counts[row, arm] = min(self._all_counts[kind, arm], strength - PRIOR_DRAFTS)
         return row, kind
 
     def _row(self, request_id: str, kind: int) -> tuple[int, int]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import math
+from collections import Counter, defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
@@ -13,6 +14,25 @@ from foretoken.planner.choices import Seen
 
 _LEAST_STEPS = 6  # before a plan is found wanting
 _WANTING = 0.9  # of plain decoding's tokens per time; under it a plan is
+_PRIOR_VARIANCE = 0.5  # of the tokens of all steps, where none has differed from the others
+
+
+@dataclass(slots=True)
+class Tally:
+    """Tokens of drafts that were taken.
+
+    Args:
+        num_taken: How many.
+        num_squares: Sum of the squares of those of each draft.
+    """
+
+    num_taken: int = 0
+    num_squares: int = 0
+
+    def add(self, num_taken: int) -> None:
+        """Count one draft."""
+        self.num_taken += num_taken
+        self.num_squares += num_taken * num_taken
 
 
 @dataclass(slots=True)
@@ -23,16 +43,16 @@ class Counts:
         temperature: Of the request.
         drafters: That it may have.
         num_steps: In which there were drafts.
-        num_taken: Draft tokens that were taken.
+        taken: What was taken of them.
         alone: Where several drafters drafted, by the name of each that proposed any of the tokens
-            said, those that it would have given alone.
+            said, what it would have given alone.
     """
 
     temperature: float
     drafters: Sequence[str]
     num_steps: int = 0
-    num_taken: int = 0
-    alone: Counter[str] = field(default_factory=Counter)
+    taken: Tally = field(default_factory=Tally)
+    alone: defaultdict[str, Tally] = field(default_factory=lambda: defaultdict(Tally))
 
 
 class Holding:
@@ -57,7 +77,7 @@ class Holding:
         """
         self.plain_rate = plain_rate
         self._counts: dict[str, Counts] = {}
-        self._num_steps = self._num_tokens = 0
+        self._num_steps = self._num_tokens = self._num_squares = 0
         self._ms = 0.0
 
     def count(self, seen: Seen, *, is_union: bool = False) -> None:
@@ -66,6 +86,7 @@ class Holding:
         What each of these would have given alone is counted by what it proposed: who is cut away
         because little is known of him is to become known nonetheless.
         """
+        num_tokens = 0
         for place, verdict in enumerate(seen.verdicts):
             if verdict is not None:
                 share = seen.shares[place]
@@ -75,10 +96,12 @@ class Holding:
                         share.temperature, share.drafters
                     )
                 counts.num_steps += 1
-                counts.num_taken += self._num_merits(share, seen.scored[place], verdict)
+                counts.taken.add(self._num_merits(share, seen.scored[place], verdict))
                 if is_union:
                     _count_alone(counts.alone, seen.proposed[place], verdict.token_ids)
-                self._num_tokens += len(verdict.token_ids)
+                num_tokens += len(verdict.token_ids)
+        self._num_tokens += num_tokens
+        self._num_squares += num_tokens * num_tokens
         self._num_steps += 1
         self._ms += 1000.0 * seen.times.total_s
 
@@ -90,9 +113,15 @@ class Holding:
 
     @property
     def is_wanting(self) -> bool:
-        """Whether plain decoding would likely have given more, so that a new plan is due."""
-        is_known = self._num_steps >= _LEAST_STEPS
-        return is_known and self._num_tokens < _WANTING * self.plain_rate * self._ms
+        """Whether plain decoding would likely have given more, so that a new plan is due.
+
+        By more than the luck of so many steps: plans that are mostly good have bad moments.
+        """
+        num_steps, num_tokens = self._num_steps, self._num_tokens
+        if num_steps < _LEAST_STEPS:
+            return False
+        variance = self._num_squares - num_tokens * num_tokens / num_steps + _PRIOR_VARIANCE
+        return num_tokens + math.sqrt(variance) < _WANTING * self.plain_rate * self._ms
 
     @property
     def rate(self) -> float | None:
@@ -104,15 +133,18 @@ class Holding:
         return self._counts.pop(request_id, None)
 
 
-def _count_alone(alone: Counter[str], draft: Draft, token_ids: Sequence[int]) -> None:
+def _count_alone(alone: defaultdict[str, Tally], draft: Draft, token_ids: Sequence[int]) -> None:
     """Count for each drafter of a union the tokens that it would have given without the others."""
+    given: Counter[str] = Counter()
     left: list[str] | None = None
     for node in draft.tree.match(token_ids):
         names = source_names(draft.source[node])
         left = names if left is None else [name for name in left if name in names]
         if not left:
-            return
-        alone.update(left)
+            break
+        given.update(left)
+    for name, num_taken in given.items():
+        alone[name].add(num_taken)
 
 
 def lost_s(verdicts: Sequence[Verdict | None], times: StepTimes, rate: float) -> float:
@@ -127,4 +159,4 @@ def lost_s(verdicts: Sequence[Verdict | None], times: StepTimes, rate: float) ->
     return times.total_s - num_tokens / rate / 1000.0
 
 
-__all__ = ["Counts", "Holding", "lost_s"]
+__all__ = ["Counts", "Holding", "Tally", "lost_s"]

@@ -15,6 +15,8 @@ from foretoken.planner.pacing import Pace
 from foretoken.planner.probing import Probes
 from foretoken.planner.trials import trial_steps
 
+_MOST_OF_USUAL = 2.0  # times a usual step that those of a trial are taken to last
+
 
 class Learning:
     """Hands what a step showed to those who estimate from it.
@@ -66,7 +68,8 @@ class Learning:
         self.experience.learn_all(
             seen.shares, step.orders, seen.proposed, step.probs, seen.verdicts
         )
-        if step.is_trial and seen.times.draft_s and not has_prompts:  # nothing was cut away
+        is_trial = step.trial_loss is not None
+        if is_trial and seen.times.draft_s and not has_prompts:  # nothing was cut away
             self.holding.count(seen, is_union=len(step.arm) > 1)
         for label, seconds, is_usual in self._learn_drafting(seen, step.orders, step.at_work):
             if label == self.probes.label:
@@ -80,8 +83,10 @@ class Learning:
         if step.is_plain and not self.pace.is_new:
             # Where nobody drafts, plans are made for what is tried, and are part of its price.
             self.probes.pay(self.pace.plan_s)
-        if step.is_trial:
-            self.pace.hold(trial_steps(seen.times.total_s))
+        if step.trial_loss is not None:
+            # Its first step may have to read what others have written; the others are as usual.
+            step_s = min(seen.times.total_s, _MOST_OF_USUAL * self.pace.step_s)
+            self.pace.hold(trial_steps(step_s, step.trial_loss))
         if self.probes.is_wasted:
             self.pace.hurry()
 

@@ -89,6 +89,11 @@ class Pace:
         return self._plan_s
 
     @property
+    def step_s(self) -> float:
+        """Seconds that a planned step takes besides planning."""
+        return self._step_s
+
+    @property
     def is_new(self) -> bool:
         """Whether plans are still made step by step."""
         return self._num_plans <= FIRST_PLANS

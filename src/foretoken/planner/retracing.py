@@ -18,6 +18,7 @@ _MOST_TOKENS = 256  # of a text, the newest, are enough to tell ...
 _LEAST_TOKENS = 16  # ... and fewer tell too little
 _LEAST_NEWS = 1e-3  # tokens that a draft is worth more or less; fewer change nothing for others
 _MOST_PATIENCE = 16  # texts, until others than the cheapest are asked, where nobody copies
+_TOLD = 16  # texts in a row in which nothing is copied; one more tells nothing new
 _NEW_TOKENS = 64  # of a request that goes on, after which it is worth asking again
 _SHARE_OF_FIRST = 0.5  # of what may be spent, for the cheapest drafter at once
 _RATE_OF_DIFFERENCE = 0.01  # weight of the newest draft in how two drafters differ
@@ -78,6 +79,7 @@ class Retracing:
         self._differences = {label: _Difference(max_nodes) for label in others}
         self._turns = others
         self._num_waited, self._patience = 0, 1  # texts since one of them was asked, and until then
+        self._num_in_vain = 0  # texts in a row of which the cheapest would have copied nothing
 
     def learn_all(self, shares: Sequence[Share]) -> None:
         """Learn from requests that go on, where enough is new."""
@@ -120,8 +122,9 @@ class Retracing:
         if own < _LEAST_TOKENS:
             return 0.0
         counts = self._ask(base, text.token_ids, own)
-        worth, num_drafts = counts[1:] / counts[0], int(counts[0])
-        news = self._experience.learn_text(text, base, worth, num_drafts)
+        self._num_in_vain = 0 if counts[1:].any() else self._num_in_vain + 1
+        is_new = self._num_in_vain <= _TOLD
+        news = self._experience.learn_text(text, base, counts) if is_new else 0.0
         is_told = bool(self._turns) and self._learn_next(text, own)
         if is_told or abs(news) > _LEAST_NEWS:
             for label, difference in self._differences.items():

@@ -12,10 +12,15 @@ from foretoken.planner.pacing import FIRST_PLANS
 
 LEAST_LOSS = 0.01  # of its time that a trial is taken to waste at least
 _LARGEST_LOSS = 0.4  # of it that one may be expected to waste
-_EVERY = 3  # plans, of which one is replaced by another way if that is nearly as good
+# Plans, of which one is replaced by another way if that is nearly as good: where nobody drafts,
+# and where somebody does.
+_EVERY, _EVERY_BESIDE_DRAFTS = 3, 6
 # Small models' steps take about ten, or some milliseconds, until caches hold what another way of
 # decoding needs. The last two of them tell what the way costs.
 _STEPS, _LEAST_STEPS, _SECONDS = 12, 3, 0.02
+# One that is expected to waste less than this part of its time lasts longer, up to so many times:
+# what it costs is to begin, and few steps tell little of what is nearly as good.
+_USUAL_LOSS, _LONGEST = 0.25, 5.0
 
 
 class Trials:
@@ -28,9 +33,13 @@ class Trials:
     Args:
         arms: Ways to draft.
         labels: Of all drafters.
+
+    Attributes:
+        loss: The part of its time that the last trial was expected to waste.
     """
 
     def __init__(self, arms: Sequence[Arm], labels: Sequence[str]) -> None:
+        self.loss = 0.0
         self._plain = len(arms)  # plain decoding, as one more way
         self._alone = [*(arms.index((label,)) for label in labels), self._plain]
         self._unions = [
@@ -55,7 +64,8 @@ class Trials:
         self._num_idle = [idle + 1 for idle in self._num_idle]
         self._num_since += 1
         is_first = self._num_plans <= FIRST_PLANS
-        every = 2 if is_first else 1 if is_plain and self._is_new_text else _EVERY
+        usual = _EVERY if is_plain else _EVERY_BESIDE_DRAFTS
+        every = 2 if is_first else 1 if is_plain and self._is_new_text else usual
         self._is_new_text = False
         return self._num_since >= every
 
@@ -76,6 +86,7 @@ class Trials:
         losses = 1.0 - rates / rates[present]
         if present == self._plain and self._num_trials % 2 == 0:
             best = int(rates[:-1].argmax())
+            self.loss = float(losses[best])
             return best if losses[best] <= _LARGEST_LOSS else present
         prices = times_ms * np.maximum(LEAST_LOSS, losses)
         found: list[tuple[float, int, int]] = []
@@ -91,12 +102,20 @@ class Trials:
             return present
         _, turn, way = max(found)
         self._num_idle[turn] = 0
+        # How fast plain decoding is takes few steps to tell: they are all alike.
+        self.loss = 1.0 if way == self._plain else float(losses[way])
         return way
 
 
-def trial_steps(step_s: float) -> int:
-    """Return how many steps a trial has, if the first of them took so many seconds."""
-    return max(_LEAST_STEPS, min(_STEPS, int(_SECONDS / step_s)))
+def trial_steps(step_s: float, loss: float) -> int:
+    """Return how many steps a trial has.
+
+    Args:
+        step_s: Seconds of one.
+        loss: The part of them that is expected to be wasted.
+    """
+    usual = max(_LEAST_STEPS, min(_STEPS, int(_SECONDS / step_s)))
+    return int(usual * max(1.0, min(_LONGEST, _USUAL_LOSS / max(LEAST_LOSS, loss))))
 
 
 __all__ = ["LEAST_LOSS", "Trials", "trial_steps"]
