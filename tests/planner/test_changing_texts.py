@@ -27,7 +27,7 @@ CURVES = {"small": SMALL, "large": LARGE}
 NUM_SEEDS = 12  # one run of five texts is luck, by a tenth, and six of them by two hundredths
 
 
-def speeds(name, texts, num_requests):
+def speeds(name, texts, num_requests, num_seeds=NUM_SEEDS):
     """Return the mean speed of an adaptive planner over all but the first texts of each kind.
 
     Returns:
@@ -39,7 +39,7 @@ def speeds(name, texts, num_requests):
         return machine(curve, seed=seed).run_texts(planner, texts, num_requests=num_requests)
 
     found = []
-    for seed in range(NUM_SEEDS):
+    for seed in range(num_seeds):
         simulated = machine(curve, seed=seed)
         adaptive = simulated.run_texts(simulated.planner(), texts, num_requests=num_requests)
         plain = rates(FixedSize([], 0), seed)
@@ -53,19 +53,21 @@ def speeds(name, texts, num_requests):
             own = harmonic_mean(adaptive[part])
             found.append((own / harmonic_mean(plain[part]), own / harmonic_mean(best[part])))
     kinds = [found[place::2] for place in (0, 1)]
-    return [[sum(each) / NUM_SEEDS for each in zip(*kind, strict=True)] for kind in kinds]
+    return [[sum(each) / num_seeds for each in zip(*kind, strict=True)] for kind in kinds]
 
 
 @pytest.mark.parametrize(
-    ("name", "num_requests", "least"), [("small", 1, 0.87), ("small", 4, 0.9), ("large", 4, 0.93)]
+    ("name", "num_requests", "least", "num_seeds"),
+    [("small", 1, 0.87, 40), ("small", 4, 0.9, NUM_SEEDS), ("large", 4, 0.93, NUM_SEEDS)],
 )
-def test_drafts_that_become_good_are_found(name, num_requests, least):
+def test_drafts_that_become_good_are_found(name, num_requests, least, num_seeds):
     """Before tokens were counted while a plan holds, 0.75, 0.88 and 0.66 of the best.
 
-    Now 0.91, 0.90 and 0.96, planning included. Twelve seeds scatter by 0.02 in the first case for
-    changes that make none over forty.
+    Now 0.89, 0.92 and 0.95 over forty seeds, planning included. Twelve scatter by 0.02 in the
+    first case: the first of these came to 0.84 when the others came to 0.92.
     """
-    _, (over_plain, over_best) = speeds(name, [HARD] * 8 + [EASY] * 8, num_requests)
+    texts = [HARD] * 8 + [EASY] * 8
+    _, (over_plain, over_best) = speeds(name, texts, num_requests, num_seeds)
     assert over_plain > 0.97
     assert over_best > least
 

@@ -7,6 +7,7 @@ from statistics import harmonic_mean
 import numpy as np
 import pytest
 
+from foretoken.errors import DrafterError
 from foretoken.planner.experience import Experience
 from foretoken.planner.gains import Gains
 from foretoken.planner.probing import Probes
@@ -257,3 +258,24 @@ def test_random_texts_cost_little():
 
     plain = rate(FixedSize([], 0), is_retracer=False)
     assert rate(None, is_retracer=True) > 0.975 * plain
+
+
+@pytest.mark.parametrize("counts", [[0, 0, 0], [3, 1], [3, 1, 0, 0]])
+def test_a_drafter_that_counts_no_drafts_or_other_nodes_is_named(counts):
+    """What it is worth would be no number from then on."""
+    labels = tuple(GUESSES)
+    experience, probes = Experience(ARMS, labels, 2, GUESSES), Probes(labels)
+    retraces = {"quick": lambda *_: np.array(counts)}
+    with pytest.raises(DrafterError, match="'quick' retraced 63 tokens as"):
+        Retracing(retraces, 2, experience, probes, Clock())
+
+
+def test_what_nobody_can_copy_is_soon_not_learned_again_and_what_can_be_is():
+    situation = Situation(quick=0.0)
+    for number in range(40):
+        situation.pass_s(1.0)
+        situation.retracing.learn(text(80, f"r{number}"))
+    assert situation.worth()[0].sum() == pytest.approx(0.0, abs=0.01)
+    situation.quick.worth = 0.75
+    situation.pass_s(1.0)
+    assert situation.retracing.learn(text(80, "copied")) > 0.25

@@ -101,12 +101,32 @@ def test_bad_luck_does_not_end_a_plan_that_is_good_and_hopeless_ones_end_early()
     assert wanting_after([1] * 12) == 6
 
 
+def test_what_a_trial_reads_and_plans_first_does_not_end_it():
+    """Nearly all trials of a draft model ended after six steps, however good they were."""
+    holding = Holding([])
+    holding.begin(2.0)
+    draft = Draft.from_drafter("model", TokenTree.chain([0, 1]))
+    share, verdict = SimulatedShare("r", ("model",), None), Verdict((1,), (1, 7), FinalKind.BONUS)
+
+    def count(total_s, **how):
+        seen = Seen([share], [draft], [draft], [verdict], StepTimes(total_s=total_s))
+        holding.count(seen, **how)
+
+    count(0.004, is_usual=False)
+    for _ in range(8):
+        count(0.001)
+        assert not holding.is_wanting
+    counts = holding.take("r")
+    assert (counts.num_steps, counts.taken.num_taken) == (9, 9)
+
+
 def test_a_trial_of_what_is_nearly_as_good_lasts_longer():
     """What it costs is to begin, and a few steps tell little."""
-    assert trial_steps(0.001, 0.4) == 12
-    assert trial_steps(0.001, 0.125) == 24
-    assert trial_steps(0.001, 0.0) == trial_steps(0.001, -0.5) == 60
-    assert trial_steps(1.0, 1.0) == 3
+    assert trial_steps(0.001, 0.4, 1) == 12
+    assert trial_steps(0.001, 0.125, 1) == 24
+    assert trial_steps(0.001, 0.0, 1) == trial_steps(0.001, -0.5, 1) == 60
+    assert trial_steps(0.001, 0.0, 4) == 15  # many requests tell as much in fewer steps
+    assert trial_steps(1.0, 1.0, 1) == 3
 
 
 def test_a_draft_model_that_is_a_little_better_is_used_most_of_the_time():

@@ -80,11 +80,13 @@ class Holding:
         self._num_steps = self._num_tokens = self._num_squares = 0
         self._ms = 0.0
 
-    def count(self, seen: Seen, *, is_union: bool = False) -> None:
+    def count(self, seen: Seen, *, is_union: bool = False, is_usual: bool = True) -> None:
         """Count a step in which somebody drafted, several drafters at once if it is a union.
 
-        What each of these would have given alone is counted by what it proposed: who is cut away
-        because little is known of him is to become known nonetheless.
+        One that is not usual, such as the first of a trial, which is planned and may have to read
+        what was missed, says nothing of how fast the plan is. What each of several drafters would
+        have given alone is counted by what it proposed: who is cut away because little is known
+        of him is to become known nonetheless.
         """
         num_tokens = 0
         for place, verdict in enumerate(seen.verdicts):
@@ -100,6 +102,8 @@ class Holding:
                 if is_union:
                     _count_alone(counts.alone, seen.proposed[place], verdict.token_ids)
                 num_tokens += len(verdict.token_ids)
+        if not is_usual:
+            return
         self._num_tokens += num_tokens
         self._num_squares += num_tokens * num_tokens
         self._num_steps += 1

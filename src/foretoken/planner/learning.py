@@ -70,7 +70,7 @@ class Learning:
         )
         is_trial = step.trial_loss is not None
         if is_trial and seen.times.draft_s and not has_prompts:  # nothing was cut away
-            self.holding.count(seen, is_union=len(step.arm) > 1)
+            self.holding.count(seen, is_union=len(step.arm) > 1, is_usual=False)
         for label, seconds, is_usual in self._learn_drafting(seen, step.orders, step.at_work):
             if label == self.probes.label:
                 # Its very first draft loads its code, which comes but once.
@@ -86,7 +86,7 @@ class Learning:
         if step.trial_loss is not None:
             # Its first step may have to read what others have written; the others are as usual.
             step_s = min(seen.times.total_s, _MOST_OF_USUAL * self.pace.step_s)
-            self.pace.hold(trial_steps(step_s, step.trial_loss))
+            self.pace.hold(trial_steps(step_s, step.trial_loss, len(step.probs)))
         if self.probes.is_wasted:
             self.pace.hurry()
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from foretoken.errors import DrafterError
 from foretoken.planner.base import Retrace, Share, Text
 from foretoken.planner.experience import Experience
 from foretoken.planner.probing import Probes
@@ -155,6 +156,13 @@ class Retracing:
         """Return what a drafter says of the last tokens of a text, and note its price."""
         start = max(1, len(token_ids) - most)
         counts = self._retraces[label](token_ids, start, self._max_nodes)
+        if len(counts) != 1 + self._max_nodes or counts[0] < 1:
+            raise DrafterError(
+                f"drafter {label!r} retraced {len(token_ids) - start} tokens as "
+                f"{counts.tolist()}: at least one draft, and of how many of them each of "
+                f"{self._max_nodes} nodes was taken",
+                hint="this is a bug in the drafter; leave it out until it is mended",
+            )
         before_s, self._lap_s = self._lap_s, self._clock()
         self._token_s[label] = max(_LEAST_S, self._lap_s - before_s) / most
         return counts

@@ -107,15 +107,17 @@ class Trials:
         return way
 
 
-def trial_steps(step_s: float, loss: float) -> int:
+def trial_steps(step_s: float, loss: float, num_requests: int) -> int:
     """Return how many steps a trial has.
 
     Args:
         step_s: Seconds of one.
         loss: The part of them that is expected to be wasted.
+        num_requests: That draft in each; many tell as much in fewer steps.
     """
     usual = max(_LEAST_STEPS, min(_STEPS, int(_SECONDS / step_s)))
-    return int(usual * max(1.0, min(_LONGEST, _USUAL_LOSS / max(LEAST_LOSS, loss))))
+    longer = min(_LONGEST, _USUAL_LOSS / max(LEAST_LOSS, loss)) / max(1, num_requests)
+    return int(usual * max(1.0, longer))
 
 
 __all__ = ["LEAST_LOSS", "Trials", "trial_steps"]
