@@ -127,6 +127,7 @@ def test_a_trial_of_what_is_nearly_as_good_lasts_longer():
     assert trial_steps(0.001, 0.0, 1) == trial_steps(0.001, -0.5, 1) == 60
     assert trial_steps(0.001, 0.0, 4) == 15  # many requests tell as much in fewer steps
     assert trial_steps(1.0, 1.0, 1) == 3
+    assert trial_steps(0.0, 1.0, 1) == 12  # all of the step was planning
 
 
 def test_a_draft_model_that_is_a_little_better_is_used_most_of_the_time():

@@ -297,7 +297,7 @@ class Retracer(Protocol):
             max_nodes: N, most nodes of each draft.
 
         Returns:
-            How many drafts, and of how many of them the first node was taken, the second and so
-            on, in the order of what the drafter thinks of them, [1 + N].
+            How many drafts, at least one, and of how many of them the first node was taken, the
+            second and so on, in the order of what the drafter thinks of them, [1 + N].
         """
         ...

@@ -17,7 +17,7 @@ _LARGEST_LOSS = 0.4  # of it that one may be expected to waste
 _EVERY, _EVERY_BESIDE_DRAFTS = 3, 6
 # Small models' steps take about ten, or some milliseconds, until caches hold what another way of
 # decoding needs. The last two of them tell what the way costs.
-_STEPS, _LEAST_STEPS, _SECONDS = 12, 3, 0.02
+_STEPS, _LEAST_STEPS, _SECONDS, _LEAST_S = 12, 3, 0.02, 1e-6
 # One that is expected to waste less than this part of its time lasts longer, up to so many times:
 # what it costs is to begin, and few steps tell little of what is nearly as good.
 _USUAL_LOSS, _LONGEST = 0.25, 5.0
@@ -115,7 +115,7 @@ def trial_steps(step_s: float, loss: float, num_requests: int) -> int:
         loss: The part of them that is expected to be wasted.
         num_requests: That draft in each; many tell as much in fewer steps.
     """
-    usual = max(_LEAST_STEPS, min(_STEPS, int(_SECONDS / step_s)))
+    usual = max(_LEAST_STEPS, min(_STEPS, int(_SECONDS / max(_LEAST_S, step_s))))
     longer = min(_LONGEST, _USUAL_LOSS / max(LEAST_LOSS, loss)) / max(1, num_requests)
     return int(usual * max(1.0, longer))
 
