@@ -314,7 +314,7 @@ def test_a_prompt_that_is_read_during_a_trial_is_not_paid_for_as_one():
 
 
 def test_a_trial_that_is_lucky_earns_what_one_that_is_not_costs():
-    """Luck cost and did not pay: what was as good as the plan was tried as if it lost a third."""
+    """Luck cost and did not pay: what was as good as the plan was charged for its bad steps."""
     simulated = machine(SMALL, good=0.85)
     planner = simulated.planner()
     simulated.run(planner, num_steps=1000)

@@ -68,8 +68,8 @@ class Learning:
         self.experience.learn_all(
             seen.shares, step.orders, seen.proposed, step.probs, seen.verdicts
         )
-        is_trial = step.trial_loss is not None
-        if is_trial and seen.times.draft_s and not has_prompts:  # nothing was cut away
+        is_counted = step.trial_loss is not None and not has_prompts  # nothing was cut away
+        if is_counted and seen.times.draft_s:
             self.holding.count(seen, is_union=len(step.arm) > 1, is_usual=False)
         for label, seconds, is_usual in self._learn_drafting(seen, step.orders, step.at_work):
             if label == self.probes.label:

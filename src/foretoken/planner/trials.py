@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from foretoken.planner.gains import Arm
 from foretoken.planner.pacing import FIRST_PLANS
 
-LEAST_LOSS = 0.01  # of its time that a trial is taken to waste at least
+LEAST_LOSS = 0.01  # of its time that a trial is taken to waste however good it is
 _LARGEST_LOSS = 0.4  # of it that one may be expected to waste
 # Plans, of which one is replaced by another way if that is nearly as good: where nobody drafts,
 # and where somebody does.
