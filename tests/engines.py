@@ -234,7 +234,16 @@ def make_draft_model(target, draft, *, host=None, **options):
     return DraftModelDrafter(draft, DraftModelOptions(path="unused", **options), host)
 
 
-def make_engine(target, drafters=None, *, max_nodes=8, kv_tokens=KV_TOKENS, decode=None, **sizes):
+def make_engine(
+    target,
+    drafters=None,
+    *,
+    max_nodes=8,
+    kv_tokens=KV_TOKENS,
+    decode=None,
+    planner=None,
+    **sizes,
+):
     """Return an engine over a fresh cache."""
     return Engine(
         target,
@@ -243,6 +252,7 @@ def make_engine(target, drafters=None, *, max_nodes=8, kv_tokens=KV_TOKENS, deco
         CoupledVerifier(),
         Plan(max_nodes=max_nodes),
         decode=decode,
+        planner=planner,
         config=EngineConfig(**sizes),
     )
 

@@ -15,6 +15,7 @@ from foretoken.drafters.base import DraftContext, RequestView
 from foretoken.drafters.suffix import FILE_KIND, SuffixDrafter, SuffixOptions
 from foretoken.drafters.token_files import map_token_file, vocabulary_digest
 from foretoken.errors import ConfigError
+from foretoken.planner.base import FixedPlanner, PassingPlanner
 from tests.engines import finish, greedy, make_engine, make_host, micro_model, plain_ids
 
 SAMPLER = Sampler(SamplingParams(), 0, 1)
@@ -90,6 +91,37 @@ def test_requests_without_output_or_never_drafted_for_leave_nothing(build):
     drafter.stop("r")
     drafter.stop("unknown")
     assert held(drafter) == []
+
+
+def test_outputs_that_it_did_not_draft_for_are_copied_too(build):
+    drafter, token_ids = build(), [9, 1, 2]
+    drafter.start(RequestView(request_id="r", prompt_ids=[9, 1, 2], token_ids=token_ids))
+    token_ids += [3, 4, 5, 6]
+    drafter.stop("r")
+    assert draft_of(drafter, [8, 2, 3]).tree.token_ids == (3, 4, 5, 6)
+
+
+class LatePlanner(PassingPlanner):
+    """Has nobody draft until it is told to."""
+
+    is_on = False
+
+    def order(self, shares):
+        return super().order(shares) if self.is_on else [{}] * len(shares)
+
+
+def test_what_was_decoded_plainly_is_found_when_it_comes_again(build):
+    target, prompts = micro_model(), [[1, 2, 3, 4], [5, 6]]
+    planner = LatePlanner(FixedPlanner())
+    engine = make_engine(target, {"suffix": build()}, max_nodes=6, planner=planner)
+    steps = []
+    for planner.is_on in (False, True):
+        requests = [engine.add_request(prompt, greedy(24)) for prompt in prompts]
+        finish(engine)
+        outputs = [plain_ids(target, prompt, greedy(24)) for prompt in prompts]
+        assert [it.output_ids for it in requests] == outputs
+        steps.append([it.stats.num_steps for it in requests])
+    assert steps == [[24, 24], [4, 4]]
 
 
 def test_the_request_itself_wins_when_its_match_is_longer(build):

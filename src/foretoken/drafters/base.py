@@ -73,11 +73,14 @@ class RequestView:
         prompt_ids: The prompt; at least one token.
         reference_ids: A text that came with the request, from which the output may copy: a
             predicted output, the file to be edited. Empty if there is none.
+        token_ids: Prompt and output so far, a live view, not to be changed, for those who learn
+            from outputs that they did not draft for. Empty where nobody keeps one.
     """
 
     request_id: str
     prompt_ids: Sequence[int]
     reference_ids: Sequence[int] = ()
+    token_ids: Sequence[int] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -217,8 +217,8 @@ class SuffixDrafter(Drafter, Retracer):
 
     def start(self, request: RequestView) -> None:
         """Take note of a request; an index of its own begins with the first draft."""
-        prompt_ids = request.prompt_ids
-        self._requests[request.request_id] = _RequestText(prompt_ids, len(prompt_ids))
+        text = _RequestText(request.token_ids or request.prompt_ids, len(request.prompt_ids))
+        self._requests[request.request_id] = text
 
     def propose(self, contexts: Sequence[DraftContext]) -> list[Draft]:
         """Return for each context the better of two trees, its own text's and past outputs'."""

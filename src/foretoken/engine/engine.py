@@ -292,6 +292,7 @@ class Engine:
             request_id=request.request_id,
             prompt_ids=request.prompt_ids,
             reference_ids=request.reference_ids,
+            token_ids=request.token_ids,
         )
         try:
             for label in labels:
