@@ -303,3 +303,25 @@ def test_a_save_that_fails_warns_and_serving_goes_on(build, tmp_path, monkeypatc
 def test_impossible_options_are_refused(values, message):
     with pytest.raises(ConfigError, match=message):
         SuffixOptions(**values)
+
+
+def test_outputs_come_in_when_somebody_looks_or_there_are_many(build):
+    drafter = build()
+
+    def run(output_ids):
+        token_ids = [0]
+        drafter.start(RequestView(request_id="r", prompt_ids=[0], token_ids=token_ids))
+        token_ids += output_ids
+        drafter.stop("r")
+
+    def num_held():
+        return drafter._past._index.num_tokens
+
+    run([1, 2, 3, 4])
+    assert num_held() == 0
+    assert draft_of(drafter, [1, 2, 3]).tree.token_ids == (3, 4)
+    assert num_held() == 6
+    run([1] * 2000)
+    assert num_held() == 6
+    run([1] * 2100)
+    assert num_held() == 6 + 2002 + 2102

@@ -325,9 +325,11 @@ def test_a_trial_that_is_lucky_earns_what_one_that_is_not_costs():
             simulated._step(planner, [share])
             planner.order([share])
         planner.choose([share], [Draft.empty(RIGHT)])
+        planner._count_cruise()
         before = planner._probes._credit_s
         verdict = Verdict((), (RIGHT,), FinalKind.RECOVERED)
         planner.observe([share], [Draft.empty(RIGHT)], [verdict], StepTimes({}, 0.0, seconds))
+        planner._count_cruise()
         return planner._probes._credit_s - before
 
     usual_s = 1e-3 / planner._rate  # of a token

@@ -129,7 +129,7 @@ def observe(model, slowness, count, rows=(1, 8, 13)):
     for index in range(count):
         num_rows = rows[index % len(rows)]
         seconds = slowness * CURVE.pass_ms(num_rows, 200) / 1000
-        model.observe_pass(num_rows, 200, seconds)
+        model.observe_passes([(num_rows, 200)], seconds)
 
 
 @pytest.mark.parametrize("slowness", [0.5, 0.9, 1.3, 2.2])
@@ -159,14 +159,14 @@ def test_one_interrupted_pass_says_little():
 def test_passes_of_batches_are_compared_with_what_batches_cost():
     model = CostModel(CURVE)
     for _ in range(50):
-        model.observe_pass(12, 2400, CURVE.pass_ms(12, 2400, 12) / 1000, 12)
+        model.observe_passes([(12, 2400)], CURVE.pass_ms(12, 2400, 12) / 1000, 12)
     assert model.factor(4) == pytest.approx(1.0, abs=1e-9)
 
 
 @pytest.mark.parametrize("num_rows", [0, 512])
 def test_passes_that_the_curve_does_not_know_teach_nothing(num_rows):
     model = CostModel(CURVE)
-    model.observe_pass(num_rows, 0, 100.0)
+    model.observe_passes([(num_rows, 0)], 100.0)
     assert model.factor(4) == 1.0
 
 
@@ -242,7 +242,7 @@ def test_a_machine_that_slows_down_meanwhile_is_followed():
 def test_an_interrupted_pass_tells_little_of_what_more_rows_cost():
     model = CostModel(CURVE)
     observe(model, 1.0, 5)
-    model.observe_pass(8, 100, 20 * model.pass_ms(8, 100) / 1000)
+    model.observe_passes([(8, 100)], 20 * model.pass_ms(8, 100) / 1000)
     assert model.factor(8) < 1.5
     observe(model, 1.0, 20)
     assert model.factor(8) == pytest.approx(1.0, abs=0.15)
@@ -258,7 +258,7 @@ def test_plain_steps_have_a_time_of_their_own_that_follows_the_machine():
         factor = slowness * (1.0 if is_plain else 1.4)
         for _ in range(40):
             ms = factor * CURVE.pass_ms(num_rows, 100)
-            model.observe_pass(num_rows, 100, ms / 1000, is_plain=is_plain)
+            model.observe_passes([(num_rows, 100)], ms / 1000, is_plain=is_plain)
             rest = rest_ms * factor * (1 if is_plain else 2)
             model.observe_overhead(1, num_rows, rest / 1000, is_plain=is_plain)
 

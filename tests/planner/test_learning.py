@@ -12,10 +12,16 @@ from foretoken.core.draft import Draft, DraftBudget
 from foretoken.core.tree import TokenTree
 from foretoken.core.verdict import FinalKind, Verdict
 from foretoken.planner.acceptance import Acceptance, judged_nodes
+from foretoken.planner.base import StepTimes
+from foretoken.planner.choices import Seen
+from foretoken.planner.cost import CostModel
 from foretoken.planner.cost_correction import Correction
 from foretoken.planner.experience import Experience
 from foretoken.planner.gains import Gains, list_arms, temperature_class
+from foretoken.planner.learning import Learning
 from foretoken.planner.pacing import PLANNING_SHARE, Pace
+from tests.planner.simulation import SimulatedShare
+from tests.planner.test_adaptive import SMALL
 
 # -- acceptance ----------------------------------------------------------------------------------
 
@@ -292,3 +298,30 @@ def test_a_plan_for_a_size_that_comes_back_goes_on_where_it_was_left():
     pace.drop_left()
     assert pace.begins_plan(16)  # what it was made from has changed
     assert pace.is_other
+
+
+def test_what_rows_and_levels_take_is_told_by_steps_of_different_sizes_that_are_read_together():
+    """In the mean all readings are alike, and the time of a row is anybody's guess."""
+    cost = CostModel(SMALL)
+    learning = Learning(cost, [("copy",)], ("copy",), (), 16, {"copy": 0.5}, lambda: 0.0)
+    budget = DraftBudget(max_nodes=16, max_depth=16)
+    share = SimulatedShare("r", ("copy",), budget)
+
+    def step(size):
+        tree = TokenTree(tuple(range(size + 1)), tuple(range(-1, size)))
+        draft = Draft.from_drafter("copy", tree, draft_logprobs=(0.0,) * (size + 1))
+        verdict = Verdict((), (1,), FinalKind.RECOVERED)
+        draft_ms, rest_ms = 0.1 + 0.02 * size, 0.1 + 0.03 * (1 + size)
+        pass_ms = SMALL.pass_ms(1 + size, share.num_keys)
+        times = StepTimes(
+            {"copy": draft_ms / 1000}, pass_ms / 1000, (draft_ms + rest_ms + pass_ms) / 1000
+        )
+        return Seen([share], [{"copy": budget}], [draft], [draft], [verdict], times)
+
+    for _ in range(40):
+        steps = [step(size) for size in (1, 9, 2, 8, 1, 9)]
+        learning.learn_held(steps, ("copy",), is_judged=False, is_timed=True)
+    per_row = cost.overhead_ms(1, 10) - cost.overhead_ms(1, 2)
+    assert per_row == pytest.approx(8 * 0.03, rel=0.1)
+    per_level = cost.draft_ms("copy", 1, 9) - cost.draft_ms("copy", 1, 1)
+    assert per_level == pytest.approx(8 * 0.02, rel=0.1)

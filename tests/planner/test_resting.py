@@ -65,7 +65,7 @@ def test_what_steps_of_a_rest_took_is_learned_without_the_first_ones_and_the_lon
         rest.begin(shares(2))
         for pass_ms in [9.0, 9.0, *[0.6] * 10, 7.0, *[0.6] * 10]:
             rest.note(StepTimes({}, pass_ms / 1000, (pass_ms + 0.2) / 1000))
-        assert rest.teach(cost) == pytest.approx((20 * 0.8 + 7.2) / 1000)
+        assert rest.teach(cost) == pytest.approx((2 * 9.2 + 20 * 0.8 + 7.2) / 1000)
     assert rest.teach(cost) == 0.0
     assert cost.plain_ms(40, 2) == pytest.approx(0.8, rel=0.03)
 

@@ -142,13 +142,14 @@ def test_only_what_is_new_of_a_request_that_goes_on_is_asked_for():
     assert situation.quick.num_asked[0] == 256
 
 
-def test_where_nobody_copies_only_the_cheapest_is_asked_of_every_text():
+def test_where_nobody_copies_the_cheapest_is_asked_of_every_fourth_text_in_the_end():
     situation = Situation(quick=0.0, slow=0.0)
     situation.pass_s(10.0)
     for number in range(64):
         situation.retracing.learn(text(64, f"r{number}"))
-    assert len(situation.slow.num_asked) == 7  # after 1, 2, 4 and 8 texts, and three times 16
-    assert len(situation.quick.num_asked) == 64 + 7
+    num_slow = len(situation.slow.num_asked)  # after 1, 2, 4 and 8 texts, then 16 and some more
+    assert num_slow == 6
+    assert len(situation.quick.num_asked) == 17 + 47 // 4 + num_slow
     situation.slow.worth = situation.quick.worth = 0.5
     situation.forget()
     for number in range(64):
@@ -278,4 +279,25 @@ def test_what_nobody_can_copy_is_soon_not_learned_again_and_what_can_be_is():
     assert situation.worth()[0].sum() == pytest.approx(0.0, abs=0.01)
     situation.quick.worth = 0.75
     situation.pass_s(1.0)
-    assert situation.retracing.learn(text(80, "copied")) > 0.25
+    assert max(situation.retracing.learn(text(80, f"copied{number}")) for number in range(4)) > 0.25
+
+
+@pytest.mark.parametrize("drafts", ["nobody", "the model"])
+def test_a_text_that_could_have_been_copied_brings_a_plan_at_once(drafts):
+    """Where somebody drafted it came when it was due, half a text later."""
+    simulated = Machine(
+        SMALL,
+        {
+            "model": SimulatedDrafter(0.6, level_ms=0.02),
+            "copy": SimulatedDrafter(0.05, request_ms=0.02, is_retracer=True),
+        },
+    )
+    planner = simulated.planner()
+    chance = 0.05 if drafts == "nobody" else 0.85
+    simulated.run_texts(planner, [{"model": chance, "copy": 0.02}] * 30, num_tokens=64)
+    assert planner._choice[0] == (() if drafts == "nobody" else ("model",))
+    planner._probes.earn(1.0)
+    planner._pace._steps_left = 50
+    planner._experience.learn_text = lambda *_: 0.3
+    planner.finish(text(100, "copied"))
+    assert planner._pace._steps_left == 0

@@ -90,7 +90,7 @@ def wanting_after(tokens_of_steps):
         path = tuple(range(1, num_tokens))
         verdict = Verdict(path, (*[1] * len(path), 7), FinalKind.RECOVERED)
         share, times = SimulatedShare("r", ("model",), None), StepTimes(total_s=0.001)
-        holding.count(Seen([share], [draft], [draft], [verdict], times))
+        holding.count([Seen([share], [{}], [draft], [draft], [verdict], times)])
         if holding.is_wanting:
             return index + 1
     return None
@@ -109,8 +109,8 @@ def test_what_a_trial_reads_and_plans_first_does_not_end_it():
     share, verdict = SimulatedShare("r", ("model",), None), Verdict((1,), (1, 7), FinalKind.BONUS)
 
     def count(total_s, **how):
-        seen = Seen([share], [draft], [draft], [verdict], StepTimes(total_s=total_s))
-        holding.count(seen, **how)
+        seen = Seen([share], [{}], [draft], [draft], [verdict], StepTimes(total_s=total_s))
+        holding.count([seen], **how)
 
     count(0.004, is_usual=False)
     for _ in range(8):

@@ -42,6 +42,7 @@ FILE_KIND = FileKind(
     remedy="name the file that was written for this model, or a new one",
 )
 _LEAST_NEWS = 4096  # tokens; a file is not written for fewer before the end
+_MOST_NEW = 4096  # tokens of outputs that wait until somebody looks for them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,19 +130,40 @@ class PastOutputs:
         )
         texts = self._read()
         num_held = min(len(texts), options.max_tokens)
-        self.index = SuffixIndex(max(2, options.max_tokens), num_held)
+        self._index = SuffixIndex(max(2, options.max_tokens), num_held)
         start = 0
         for end in np.flatnonzero(texts < 0).tolist():
-            self.index.add_text(texts[start:end])
+            self._index.add_text(texts[start:end])
             start = end + 1
-        self._num_unsaved = 0
+        self._new: list[Sequence[int]] = []  # outputs that are not in the index yet
+        self._num_new = self._num_unsaved = 0
+
+    @property
+    def index(self) -> SuffixIndex:
+        """All outputs.
+
+        They come in when somebody looks: where nobody does for a while many come at once, and code
+        and index are in the processor's caches after the first.
+        """
+        if self._new:
+            self._take_in()
+        return self._index
+
+    def _take_in(self) -> None:
+        for token_ids in self._new:
+            self._index.add_text(np.array(token_ids, np.int32))
+        self._new.clear()
+        self._num_new = 0
 
     def add(self, token_ids: Sequence[int]) -> None:
         """Add an output; it is saved once there is enough news, at the latest by `save`."""
-        self.index.add_text(np.array(token_ids, np.int32))
+        self._new.append(token_ids)
+        self._num_new += len(token_ids) + 1
         self._num_unsaved += len(token_ids) + 1
+        if self._num_new >= _MOST_NEW:
+            self._take_in()
         # A share of the whole, so that writing costs a constant number of bytes per token.
-        if self._num_unsaved >= max(_LEAST_NEWS, self.index.num_tokens // 4):
+        if self._num_unsaved >= max(_LEAST_NEWS, self._index.num_tokens // 4):
             self.save()
 
     def save(self) -> None:
@@ -201,7 +223,7 @@ class SuffixDrafter(Drafter, Retracer):
         self.needs = DrafterNeeds()
         self._options = options
         self._past = past
-        self._past_index = past.index if past is not None else SuffixIndex(1)
+        self._nothing = SuffixIndex(1)
         self._requests: dict[str, _RequestText] = {}
         if past is not None:  # the contract has no end; that of the process or of this object is
             weakref.finalize(self, past.save)
@@ -243,6 +265,10 @@ class SuffixDrafter(Drafter, Retracer):
         shape = self._shape(DraftBudget(max_nodes=max_nodes, max_depth=max_nodes))
         bounds = options.max_match, options.max_places
         return retrace_trees(own.ring, self._past_index.ring, text, shape, bounds)
+
+    @property
+    def _past_index(self) -> SuffixIndex:
+        return self._nothing if self._past is None else self._past.index
 
     def stop(self, request_id: str) -> None:
         """Drop the request's index; its output joins the past outputs."""

@@ -75,10 +75,9 @@ class SuffixIndex:
 
     def add_text(self, token_ids: NDArray[np.int32]) -> None:
         """Add a text of its own, evicting the oldest ones to make room."""
-        token_ids = token_ids[-(self._max_tokens - 1) :]
-        self._make_room(len(token_ids) + 1)
-        self._append(token_ids)
-        self._append(np.array([SEPARATOR], np.int32))
+        text = np.append(token_ids[-(self._max_tokens - 1) :], np.int32(SEPARATOR))
+        self._make_room(len(text))
+        self._append(text)
 
     def extend(self, token_ids: Sequence[int]) -> None:
         """Go on with the newest text; nothing is evicted.

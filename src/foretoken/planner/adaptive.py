@@ -33,7 +33,6 @@ from foretoken.planner.choices import (
 from foretoken.planner.cost import CostModel
 from foretoken.planner.cruising import Cruise
 from foretoken.planner.gains import Arm, list_arms
-from foretoken.planner.holding import lost_s
 from foretoken.planner.learning import Learning
 from foretoken.planner.outlook import Formula, Outlook
 from foretoken.planner.resting import Rest
@@ -94,7 +93,7 @@ class AdaptivePlanner(Planner):
         self._experience = self._learning.experience
         self._drafting, self._holding = self._learning.drafting, self._learning.holding
         self._pace, self._probes = self._learning.pace, self._learning.probes
-        self._trials, self._cruise = Trials(arms, untold), Cruise(self._pace)
+        self._trials, self._cruise = Trials(arms, untold), Cruise(self._pace, self._always)
         self._rest = Rest(self._pace, self._probes)
         self._retracing = Retracing(retraces, max_nodes, self._experience, self._probes, clock)
         # The plan that holds: a way to draft and its size, and what it is for each request.
@@ -102,7 +101,8 @@ class AdaptivePlanner(Planner):
         self._choices: dict[str, Choice] = {}
         self._kept = Plan(PLAIN, 0.0, 0.0, 0.0)
         self._plans: dict[int, Plan] = {}  # by requests
-        self._orders: dict[str, tuple[DraftBudget | None, Order]] = {}  # by the plan that holds
+        # By the plan that holds, for requests of a choice and some drafters.
+        self._orders: dict[tuple[Choice, tuple[str, ...]], tuple[DraftBudget | None, Order]] = {}
         self._present: Arm = ()  # what it prefers, which a trial may replace for some steps
         self._is_trial = self._is_new = False
         self._rate = 0.0  # tokens per millisecond that it promises
@@ -111,7 +111,8 @@ class AdaptivePlanner(Planner):
         self._is_idle = False  # nothing is drafted in this step, and nothing learned from it
         self._num_decoding = self._num_plans = 0
         self._step: PlannedStep | None = None  # if this one is planned
-        self._proposed: Sequence[Draft] = ()  # in this one, before anything was cut away
+        self._ordered: Sequence[Order] = ()  # in this one
+        self._proposed: Sequence[Draft] = ()  # before anything was cut away
         compile_ahead()
 
     # -- before drafting ---------------------------------------------------------------------
@@ -119,8 +120,11 @@ class AdaptivePlanner(Planner):
     def order(self, shares: Sequence[Share]) -> list[Order]:
         """Return for each request who drafts and within which bounds."""
         orders = self._rest.orders(len(shares)) or self._cruise.orders(shares)
-        if orders is not None:
-            return orders
+        self._ordered = orders = self._decide(shares) if orders is None else orders
+        return orders
+
+    def _decide(self, shares: Sequence[Share]) -> list[Order]:
+        """Return the orders of a step; it may be one to plan in."""
         self._count_cruise()
         decoding = [share for share in shares if share.budget is not None]
         self._step, self._is_idle = None, False
@@ -138,35 +142,39 @@ class AdaptivePlanner(Planner):
             self._retracing.learn_all(decoding)
             self._plan(decoding, self._step)
             self._orders.clear()
-            self._step.orders = [self._order(share) for share in shares]
+            orders = [self._order(share) for share in shares]
             self._step.own_s = self._clock() - start_s
-            return self._step.orders
+            return orders
         if is_due:  # the plan that holds is also the one for as many as there are now
             self._plans[len(decoding)] = self._kept
         if self._choice is PLAIN and all(self._always.isdisjoint(it.drafters) for it in decoding):
             self._is_idle = not self._pace.is_cheap
             if self._is_idle and len(decoding) == len(shares):
-                self._rest.begin(shares)
+                self._rest.begin(shares, is_trial=self._is_trial)
             return [{}] * len(shares)
         orders = [self._usual_order(share) for share in shares]
-        if not self._is_trial and len(decoding) == len(shares):
-            self._go_on(shares, orders)
+        sizes = [self._choices.get(it.request_id, self._choice)[1] for it in shares]
+        self._cruise.begin(shares, orders, sizes, is_trial=self._is_trial)
         return orders
 
-    def _go_on(self, shares: Sequence[Share], orders: list[Order]) -> None:
-        """Do in the steps that follow what is done in this one, as long as that is possible."""
-        if all(share.num_rows == 1 and self._always.isdisjoint(share.drafters) for share in shares):
-            sizes = [self._choices.get(it.request_id, self._choice)[1] for it in shares]
-            self._cruise.begin(orders, sizes)
-
     def _count_cruise(self) -> None:
-        """Count what came of steps in which nothing was decided."""
-        steps = self._cruise.take_notes()
+        """Learn what came of steps in which nothing was decided."""
+        steps, is_watched = self._cruise.take_notes()
         if steps:
-            self._probes.earn(sum(seen.times.total_s for seen in steps))
-            if self._learning.count(steps, self._choice[0]):
-                self._cruise.end()
-                self._pace.hurry()
+            self._learn_held(steps, is_timed=is_watched)
+
+    @property
+    def _replaced(self) -> float | None:
+        """Tokens per millisecond of the way that a trial replaces; None if there is no trial."""
+        return min(self._rate, self._delivered) if self._is_trial else None
+
+    def _learn_held(self, steps: Sequence[Seen], *, is_timed: bool) -> None:
+        """Learn from steps by the plan that holds; if it is found wanting, the next is planned."""
+        self._learning.pay(steps, self._replaced)
+        arm, is_judged = self._choice[0], self._is_trial or is_timed
+        if self._learning.learn_held(steps, arm, is_judged=is_judged, is_timed=is_timed):
+            self._cruise.end()
+            self._pace.hurry()
 
     def _needs_plan(self, decoding: Sequence[Share]) -> bool:
         """Return whether a plan that is due may be another than the one that holds."""
@@ -190,8 +198,8 @@ class AdaptivePlanner(Planner):
     def _wake(self) -> None:
         """Learn what a rest took; if it was a trial, pay what it lost."""
         rest_s = self._rest.teach(self._cost)
-        if self._is_trial and rest_s:
-            lost = 1.0 - self._holding.plain_rate / min(self._rate, self._delivered)
+        if self._replaced is not None and rest_s:
+            lost = 1.0 - self._holding.plain_rate / self._replaced
             self._probes.pay(max(LEAST_LOSS, lost) * rest_s)
 
     def _take_counts(self, decoding: Sequence[Share]) -> None:
@@ -201,12 +209,15 @@ class AdaptivePlanner(Planner):
 
     def _usual_order(self, share: Share) -> Order:
         """Return the order of a step that is not planned; the last one, if bounds are the same."""
-        kept, budget = self._orders.get(share.request_id), share.budget
-        size = longer(self._choices.get(share.request_id, self._choice)[1], self._max_nodes)
+        choice, budget = self._choices.get(share.request_id, self._choice), share.budget
+        known, size = self._orders.get((choice, share.drafters)), longer(choice[1], self._max_nodes)
         is_own = self._always.isdisjoint(share.drafters)  # those have the request's own bounds
-        if kept is None or not (kept[0] is budget or (is_own and are_ample(kept[0], budget, size))):
-            kept = self._orders[share.request_id] = budget, self._order(share)
-        return kept[1]
+        if known and (known[0] is budget or (is_own and are_ample(known[0], budget, size))):
+            return known[1]
+        order = self._order(share)
+        if known is None or are_ample(budget, budget, size):
+            self._orders[choice, share.drafters] = budget, order
+        return order
 
     def _order(self, share: Share) -> Order:
         budget = share.budget
@@ -347,29 +358,19 @@ class AdaptivePlanner(Planner):
     ) -> None:
         """Learn what was kept, and what it took."""
         if self._is_idle:
-            self._probes.earn(times.total_s)
             self._rest.note(times)
             return
-        seen = Seen(shares, self._proposed, scored, verdicts, times)
-        if self._cruise.is_on:
+        seen = Seen(shares, self._ordered, self._proposed, scored, verdicts, times)
+        if self._cruise.is_on or self._cruise.is_ahead:
             if self._cruise.note(seen):
                 self._count_cruise()
-            return
-        has_prompts = seen.has_prompts
-        if not has_prompts:
-            self._probes.earn(times.total_s)
-            if self._is_trial:  # it costs what it took longer than the way that it replaces
-                loss_s = lost_s(verdicts, times, min(self._rate, self._delivered))
-                self._probes.pay(LEAST_LOSS * times.total_s + loss_s)
-        if self._step is not None:
-            self._step.arm, self._step.is_new = self._choice[0], self._is_new
+        elif self._step is not None:
+            self._step.arm, self._step.is_plain = self._choice[0], not self._present
             self._step.trial_loss = self._trials.loss if self._is_trial else None
-            self._step.is_plain = not self._present
-            self._learning.learn_planned(self._step, seen)
-        elif not has_prompts:
-            arm, is_judged = self._choice[0], self._is_trial or self._pace.is_settled
-            orders = [self._usual_order(share) for share in shares] if is_judged else ()
-            self._learning.learn_held(seen, arm, orders)
+            self._step.is_new = self._is_new
+            self._learning.learn_planned(self._step, seen, self._replaced)
+        elif not seen.has_prompts:
+            self._learn_held([seen], is_timed=self._pace.is_settled)
 
     def _step_ms(
         self, shares: Sequence[Share], num_fixed: int, num_nodes: int
@@ -382,7 +383,7 @@ class AdaptivePlanner(Planner):
 
     def finish(self, text: Text) -> None:
         """Learn what drafters would have given along a text that has ended."""
-        if self._retracing.learn(text) > _NEWS and self._choice is PLAIN:
+        if self._retracing.learn(text) > _NEWS and self._retracing.base not in self._choice[0]:
             self._rest.tell_news()
 
     def forget(self, request_id: str) -> None:
@@ -396,4 +397,3 @@ class AdaptivePlanner(Planner):
         self._experience.forget(request_id)
         self._retracing.forget(request_id)
         self._choices.pop(request_id, None)
-        self._orders.pop(request_id, None)

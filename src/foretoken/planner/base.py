@@ -53,7 +53,7 @@ class Share(Protocol):
         ...
 
     @property
-    def drafters(self) -> Sequence[str]:
+    def drafters(self) -> tuple[str, ...]:
         """Labels of the drafters that it may have."""
         ...
 

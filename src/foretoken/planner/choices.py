@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +25,6 @@ class PlannedStep:
 
     Args:
         at_work: Drafters that drafted in the step before, with the request that they did it for.
-        orders: Who drafts.
         probs: Of each proposed draft, the probability that each node is reached.
         draft_ms: What drafting was expected to take.
         own_s: What planning took so far.
@@ -36,7 +36,6 @@ class PlannedStep:
     """
 
     at_work: set[tuple[str, str]]
-    orders: list[Order] = field(default_factory=list)
     probs: list[list[float]] = field(default_factory=list)
     draft_ms: float = 0.0
     own_s: float = 0.0
@@ -63,12 +62,12 @@ class Plan:
     least_prob: float
 
 
-@dataclass(frozen=True, slots=True)
-class Seen:
-    """What came of a step.
+class Seen(NamedTuple):
+    """What came of a step. A tuple, because there is one of every step.
 
     Args:
         shares: Its requests.
+        orders: Who drafted for them.
         proposed: Their drafts, nothing cut away.
         scored: What was left of them.
         verdicts: What the target said.
@@ -76,10 +75,17 @@ class Seen:
     """
 
     shares: Sequence[Share]
+    orders: Sequence[Order]
     proposed: Sequence[Draft]
     scored: Sequence[Draft]
     verdicts: Sequence[Verdict | None]
     times: StepTimes
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the pass."""
+        known = sum(share.num_rows for share in self.shares)
+        return known + sum(draft.tree.num_draft_tokens for draft in self.scored)
 
     @property
     def has_prompts(self) -> bool:

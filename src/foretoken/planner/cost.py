@@ -220,24 +220,30 @@ class CostModel:
             self._table_key = key
         return self._table
 
-    def observe_pass(
+    def observe_passes(
         self,
-        num_rows: int,
-        num_keys: int,
+        sizes: Sequence[tuple[int, int]],
         seconds: float,
         num_requests: int = 1,
         *,
         is_plain: bool = False,
     ) -> None:
-        """Learn how long a pass took, one of plain decoding or another.
+        """Learn how long some passes took together that were about as large.
 
         Passes over many more rows than were measured, such as those of a prompt, teach nothing.
+
+        Args:
+            sizes: Rows of each, and positions that they look back on.
+            seconds: All of them took.
+            num_requests: Of each.
+            is_plain: Whether they were of plain decoding.
         """
+        num_rows = sum(rows for rows, _ in sizes) / len(sizes)
         if not 0 < num_rows <= BEYOND * self.curve.max_rows:
             return
-        curve_ms = self._curve_ms(num_rows, num_keys, num_requests)
-        correction = self._correction
-        correction.observe(num_rows, 1000.0 * seconds / curve_ms, is_plain=is_plain)
+        curve_ms = sum(self._curve_ms(*size, num_requests) for size in sizes)
+        correction, ratio = self._correction, 1000.0 * seconds / curve_ms
+        correction.observe(num_rows, ratio, is_plain=is_plain, num_passes=len(sizes))
         level, slope = self._applied
         most = math.log(self.curve.max_rows)
         is_off = abs(correction.level - level) + most * abs(correction.slope - slope) > NOTICEABLE
@@ -274,13 +280,21 @@ class CostModel:
     # -- what is around passes ---------------------------------------------------------------
 
     def observe_overhead(
-        self, num_requests: int, num_rows: int, seconds: float, *, is_plain: bool = False
+        self,
+        num_requests: int,
+        num_rows: float,
+        seconds: float,
+        *,
+        is_plain: bool = False,
+        num_steps: int = 1,
     ) -> None:
-        """Learn how long a step took without its pass and its drafters; not less than nothing."""
-        if is_plain:
-            self._plain_overhead.observe(num_requests, 0, max(0.0, seconds))
-        else:
-            self._overhead.observe(num_requests, num_rows, max(0.0, seconds))
+        """Learn how long a step took without its pass and its drafters, or some did in the mean.
+
+        That is not less than nothing.
+        """
+        overhead = self._plain_overhead if is_plain else self._overhead
+        num_rows = 0 if is_plain else num_rows
+        overhead.observe(num_requests, num_rows, max(0.0, seconds), num_times=num_steps)
 
     def plain_ms(self, num_keys: int, num_requests: int) -> float:
         """Return the expected time of a step of plain decoding; arguments as for `row_table`."""
@@ -317,9 +331,14 @@ class CostModel:
         return _step_times(pass_ms, num_fixed, none_ms, row_ms)
 
     def observe_draft(
-        self, drafter: str, num_requests: int, num_levels: int, seconds: float
+        self,
+        drafter: str,
+        num_requests: int,
+        num_levels: float,
+        seconds: float,
+        num_steps: int = 1,
     ) -> None:
-        """Learn how long a drafter took in one step.
+        """Learn how long a drafter took in one step, or in some in the mean.
 
         Args:
             drafter: Its label.
@@ -327,11 +346,12 @@ class CostModel:
             num_levels: Levels of their drafts, summed over requests; a drafter that does not
                 work level by level will turn out to cost nothing per level.
             seconds: What it took.
+            num_steps: How many they were.
         """
         running = self._drafts.get(drafter)
         if running is None:
             running = self._drafts[drafter] = RunningCost()
-        running.observe(num_requests, num_levels, seconds)
+        running.observe(num_requests, num_levels, seconds, num_times=num_steps)
 
     def draft_ms(self, drafter: str, num_requests: int, num_levels: int) -> float:
         """Return the expected time of a drafter in one step; 0 if it was never seen."""

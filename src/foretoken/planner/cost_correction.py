@@ -93,7 +93,7 @@ class Correction:
         return math.exp(level + slope * math.log(num_rows) + plain * is_plain)
 
     def observe(
-        self, num_rows: int, ratio: float, *, is_plain: bool = False, num_passes: int = 1
+        self, num_rows: float, ratio: float, *, is_plain: bool = False, num_passes: int = 1
     ) -> None:
         """Learn how much longer than the curve says a pass took, or some did in the mean."""
         weights = (1.0, math.log(num_rows), float(is_plain))

@@ -6,7 +6,7 @@ called meanwhile.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from foretoken.core.draft import Draft, DraftBudget
@@ -14,8 +14,10 @@ from foretoken.planner.base import Order, Share
 from foretoken.planner.choices import Seen
 from foretoken.planner.pacing import Pace
 
-_LEAST_STEPS = 2  # for which it is worth beginning
-_MOST_NOTES = 3  # steps, after which it may be told that the plan is found wanting
+_MOST_NOTES = 6  # steps, after which it may be told that the plan is found wanting
+# Times that it tells, until what it tells is looked at more closely: once in so many by the plan
+# that holds, and always in a trial, whose first steps find the processor's caches full of others.
+_WATCHED_EVERY = 4
 
 
 class Cruise:
@@ -23,30 +25,56 @@ class Cruise:
 
     Args:
         pace: Of plans; what passes here passes there.
+        always: Drafters that draft in every step; each request has its own bounds for them.
 
     Attributes:
         is_on: Whether it has answered for this step.
     """
 
-    def __init__(self, pace: Pace) -> None:
-        self._pace = pace
+    def __init__(self, pace: Pace, always: Collection[str] = ()) -> None:
+        self._pace, self._always = pace, frozenset(always)
         self._steps_left = 0
         self._orders: list[Order] = []
         self._sizes: Sequence[int] = ()
         self._needs: list[int] = []  # nodes that each request's own bounds have to allow
         self.is_on = False
         self._notes: list[Seen] = []  # of steps that nobody has been told of
+        self._num_told = 0  # times, since it was looked at more closely
+        self._is_trial = False
 
-    def begin(self, orders: Sequence[Order], sizes: Sequence[int]) -> None:
-        """Go on like in this step as long as plan and requests stay as they are.
+    def begin(
+        self,
+        shares: Sequence[Share],
+        orders: Sequence[Order],
+        sizes: Sequence[int],
+        *,
+        is_trial: bool = False,
+    ) -> None:
+        """Go on like in this step as long as plan and requests stay as they are, if possible.
+
+        It is not where prompts are read, or who drafts always does.
 
         Args:
-            orders: Of this step.
+            shares: Requests of this step.
+            orders: Who drafts for them.
             sizes: For each request the nodes that the plan gives it.
+            is_trial: Whether that is another way than the one that the plan prefers.
         """
-        self._steps_left = self._pace.pass_held_steps(_LEAST_STEPS)
+        for share in shares:
+            is_decoding = share.budget is not None and share.num_rows == 1
+            if not (is_decoding and self._always.isdisjoint(share.drafters)):
+                return
+        self._steps_left = self._pace.pass_steps()
+        if is_trial:
+            self._num_told = 0
+        self._is_trial = is_trial
         self._sizes, self._orders = sizes, list(orders)
         self._needs = [max((it.max_nodes for it in own.values()), default=0) for own in orders]
+
+    @property
+    def is_ahead(self) -> bool:
+        """Whether it answers for the steps to come."""
+        return self._steps_left > 0
 
     def orders(self, shares: Sequence[Share]) -> list[Order] | None:
         """Return the answer for a step; None if somebody has to think of one."""
@@ -79,10 +107,21 @@ class Cruise:
         self._notes.append(seen)
         return len(self._notes) >= _MOST_NOTES
 
-    def take_notes(self) -> list[Seen]:
-        """Return what came of the steps that nobody has been told of, and forget it."""
+    def take_notes(self) -> tuple[list[Seen], bool]:
+        """Return what came of the steps that nobody has been told of, and forget it.
+
+        Returns:
+            The steps, and whether they are to be looked at more closely. They were not while they
+            were done, so that what they took is what such steps take.
+        """
         notes, self._notes = self._notes, []
-        return notes
+        self._num_told += bool(notes)
+        if self._is_trial:
+            return notes, self._num_told > 1
+        is_watched = self._num_told >= _WATCHED_EVERY
+        if is_watched:
+            self._num_told = 0
+        return notes, is_watched
 
     def end(self) -> None:
         """Have somebody think again in the next step: what is left has not passed."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from statistics import fmean
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,14 +74,19 @@ class Drafting:
         return self._num_seen.get(label, 0) > _NUM_WARM_UP
 
     def learn(
-        self, label: str, drafts: Sequence[Draft], seconds: float, *, is_caught_up: bool
+        self,
+        label: str,
+        drafts: Sequence[Sequence[Draft]],
+        seconds: float,
+        *,
+        is_caught_up: bool,
     ) -> bool:
         """Learn how long a drafter took; return whether that says something about the next time.
 
         Args:
             label: Of the drafter.
-            drafts: Of the requests that it drafted for.
-            seconds: What it took.
+            drafts: Of the requests that it drafted for, in one step or in several.
+            seconds: What it took, in the mean of the steps.
             is_caught_up: Whether it drafted for all of them in the step before.
         """
         self._num_seen[label] = self._num_seen.get(label, 0) + 1
@@ -90,29 +96,32 @@ class Drafting:
         if not is_caught_up:
             return False
         self._num_usual[label] = self._num_usual.get(label, 0) + 1
-        levels = max(_levels_of(label, draft) for draft in drafts)
-        known = self._levels.get(label, float(levels))
+        levels = fmean(max(_levels_of(label, draft) for draft in own) for own in drafts)
+        known = self._levels.get(label, levels)
         self._levels[label] = known + _LEVELS_RATE * (levels - known)
-        self._cost.observe_draft(label, len(drafts), levels, seconds)
+        self._cost.observe_draft(label, len(drafts[0]), levels, seconds, len(drafts))
         return True
 
 
-def learn_costs(cost: CostModel, seen: Seen, own_s: float) -> None:
-    """Have a cost model learn from a step what its pass took, and what was around it.
+def learn_costs(cost: CostModel, steps: Sequence[Seen], own_s: float = 0.0) -> None:
+    """Have a cost model learn from some steps what passes took, and what was around them.
 
     Args:
         cost: Of the target's passes.
-        seen: The step.
-        own_s: What planning took of it.
+        steps: At least one; of the same requests, all of them with drafts or none.
+        own_s: What planning took of them.
     """
-    times, shares = seen.times, seen.shares
-    is_plain = not times.draft_s
-    num_rows = sum(share.num_rows for share in shares)
-    num_rows += sum(draft.tree.num_draft_tokens for draft in seen.scored)
-    num_keys = sum(share.num_keys for share in shares)
-    cost.observe_pass(num_rows, num_keys, times.pass_s, len(shares), is_plain=is_plain)
-    rest_s = times.total_s - times.pass_s - sum(times.draft_s.values()) - own_s
-    cost.observe_overhead(len(shares), num_rows, rest_s, is_plain=is_plain)
+    num_steps, num_requests = len(steps), len(steps[0].shares)
+    is_plain = not steps[0].times.draft_s
+    sizes = [(seen.num_rows, sum(share.num_keys for share in seen.shares)) for seen in steps]
+    pass_s = sum(seen.times.pass_s for seen in steps)
+    cost.observe_passes(sizes, pass_s, num_requests, is_plain=is_plain)
+    drafts_s = sum(sum(seen.times.draft_s.values()) for seen in steps)
+    rest_s = sum(seen.times.total_s for seen in steps) - pass_s - drafts_s - own_s
+    num_rows = sum(rows for rows, _ in sizes) / num_steps
+    cost.observe_overhead(
+        num_requests, num_rows, rest_s / num_steps, is_plain=is_plain, num_steps=num_steps
+    )
 
 
 def _levels_of(label: str, draft: Draft) -> int:

@@ -80,34 +80,36 @@ class Holding:
         self._num_steps = self._num_tokens = self._num_squares = 0
         self._ms = 0.0
 
-    def count(self, seen: Seen, *, is_union: bool = False, is_usual: bool = True) -> None:
-        """Count a step in which somebody drafted, several drafters at once if it is a union.
+    def count(
+        self, steps: Sequence[Seen], *, is_union: bool = False, is_usual: bool = True
+    ) -> None:
+        """Count steps in which somebody drafted, several drafters at once if it is a union.
 
         One that is not usual, such as the first of a trial, which is planned and may have to read
         what was missed, says nothing of how fast the plan is. What each of several drafters would
         have given alone is counted by what it proposed: who is cut away because little is known
         of him is to become known nonetheless.
         """
-        num_tokens = 0
-        for place, verdict in enumerate(seen.verdicts):
-            if verdict is not None:
-                share = seen.shares[place]
-                counts = self._counts.get(share.request_id)
-                if counts is None:
-                    counts = self._counts[share.request_id] = Counts(
-                        share.temperature, share.drafters
-                    )
-                counts.num_steps += 1
-                counts.taken.add(self._num_merits(share, seen.scored[place], verdict))
-                if is_union:
-                    _count_alone(counts.alone, seen.proposed[place], verdict.token_ids)
-                num_tokens += len(verdict.token_ids)
-        if not is_usual:
-            return
-        self._num_tokens += num_tokens
-        self._num_squares += num_tokens * num_tokens
-        self._num_steps += 1
-        self._ms += 1000.0 * seen.times.total_s
+        known = self._counts
+        for seen in steps:
+            num_tokens = 0
+            for place, verdict in enumerate(seen.verdicts):
+                if verdict is not None:
+                    share = seen.shares[place]
+                    counts = known.get(share.request_id)
+                    if counts is None:
+                        counts = Counts(share.temperature, share.drafters)
+                        known[share.request_id] = counts
+                    counts.num_steps += 1
+                    counts.taken.add(self._num_merits(share, seen.scored[place], verdict))
+                    if is_union:
+                        _count_alone(counts.alone, seen.proposed[place], verdict.token_ids)
+                    num_tokens += len(verdict.token_ids)
+            if is_usual:
+                self._num_tokens += num_tokens
+                self._num_squares += num_tokens * num_tokens
+                self._num_steps += 1
+                self._ms += 1000.0 * seen.times.total_s
 
     def _num_merits(self, share: Share, draft: Draft, verdict: Verdict) -> int:
         if self._always.isdisjoint(share.drafters):

@@ -10,7 +10,7 @@ PLANNING_S = 125e-6  # for planning, at most, per request and step, however long
 FIRST_PLANS = 8  # are made step by step, however short steps are
 _MOST_STEPS = 256  # from one plan to the next
 _HASTE = 4.0  # times as often as their price allows, at most, plans come where texts change ...
-_CALM, _LEAST_HASTE = 0.8, 2.0  # ... and less often with each that changes nothing, down to this
+_CALM, _LEAST_HASTE = 0.8, 1.0  # ... and less often with each that changes nothing, down to this
 _CHEAP = 2.0  # steps over which a plan is to be spread that can be left out of account
 _UNSETTLED_STEPS = 2  # after a plan and the first step by it
 _LEARNED_EVERY = 32  # steps between plans
@@ -116,24 +116,11 @@ class Pace:
         is_usual = 0 <= self._steps_left < self._period - _UNSETTLED_STEPS
         return is_usual and (self._steps_left < 2 or self._steps_left % _LEARNED_EVERY == 0)
 
-    def pass_quiet_steps(self) -> int:
-        """Let the steps pass that follow this one, up to the next plan."""
+    def pass_steps(self) -> int:
+        """Let the steps pass that follow this one, up to the next plan; return how many."""
         if self.is_cheap:
             return 0
         num_steps = max(0, self._steps_left)
-        self.take_back(-num_steps)
-        return num_steps
-
-    def pass_held_steps(self, least: int) -> int:
-        """Let the steps pass that follow this one, up to the next to plan or to learn from.
-
-        Args:
-            least: None pass if they are fewer.
-        """
-        last = self._steps_left - 1
-        num_steps = last - max(1, last - last % _LEARNED_EVERY)
-        if self.is_cheap or num_steps < least:
-            return 0
         self.take_back(-num_steps)
         return num_steps
 

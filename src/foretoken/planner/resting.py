@@ -14,8 +14,12 @@ from foretoken.planner.cost import CostModel
 from foretoken.planner.pacing import Pace
 from foretoken.planner.probing import Probes
 
-_UNSETTLED_STEPS = 2  # of a rest, the first ones, find the processor's caches full of other things
+# Of a rest, the first steps, find the processor's caches full of other things; beside the embedded
+# pair it takes ten of them until a step takes what others take. Of trials, which are as short, the
+# later half tells, and still says a little too much.
+_UNSETTLED_STEPS, _UNSETTLED_SHARE = 2, 0.6
 _LEAST_STEPS = 3  # before their times tell anything
+_MOST_NOTES = 64  # steps, after which what they took is summed up
 
 
 @dataclass(slots=True)
@@ -58,16 +62,25 @@ class Rest:
         self._planned: dict[int, frozenset[tuple[float, tuple[str, ...]]]] = {}
         self._times: dict[int, PlainTimes] = {}  # by requests
         self._own = PlainTimes()  # for as many as there are
+        self._notes: list[StepTimes] = []  # of steps that are not summed up yet
+        self._seconds = 0.0  # of steps since the last lesson
         self._num_keys = self._num_requests = self._num_unsettled = 0
         self._has_news = False
 
-    def begin(self, shares: Sequence[Share]) -> None:
-        """Rest as long as plan and requests stay as they are, all of them decoding plainly."""
-        self._steps_left = self._pace.pass_quiet_steps()
+    def begin(self, shares: Sequence[Share], *, is_trial: bool = False) -> None:
+        """Rest as long as plan and requests stay as they are, all of them decoding plainly.
+
+        Args:
+            shares: The requests.
+            is_trial: Whether that is another way than the one that the plan prefers.
+        """
+        self._add_up()
+        self._steps_left = self._pace.pass_steps()
         self._orders = [{}] * len(shares)
         self._num_requests = len(shares)
         self._num_keys = sum(share.num_keys for share in shares)
-        self._num_unsettled = _UNSETTLED_STEPS
+        in_trial = int(_UNSETTLED_SHARE * self._steps_left) if is_trial else 0
+        self._num_unsettled = max(_UNSETTLED_STEPS, in_trial)
         self._own = self._times.setdefault(len(shares), PlainTimes())
 
     def orders(self, num_requests: int) -> list[Order] | None:
@@ -77,6 +90,7 @@ class Rest:
             num_requests: Of the step. Another number ends the rest.
         """
         if not self._steps_left:
+            self._add_up()
             self._num_requests = 0
             return None
         if num_requests != len(self._orders):
@@ -87,34 +101,49 @@ class Rest:
 
     def end(self) -> None:
         """Wake up: what is left of the rest has not passed."""
+        self._add_up()
         self._pace.take_back(self._steps_left)
         self._steps_left = self._num_requests = 0
 
     def note(self, times: StepTimes) -> None:
-        """Note what a step of plain decoding took; nothing if it was no part of a rest."""
+        """Note what a step of plain decoding took, whether it was part of a rest or not."""
+        self._notes.append(times)
+        if len(self._notes) >= _MOST_NOTES:
+            self._add_up()
+
+    def _add_up(self) -> None:
+        """Give the time of steps its share for trials, and sum up those that are part of a rest."""
+        if not self._notes:
+            return
+        notes, self._notes = self._notes, []
+        seconds = sum(times.total_s for times in notes)
+        self._probes.earn(seconds)
         if not self._num_requests:
             return
-        self._num_keys += self._num_requests
-        if self._num_unsettled:
-            self._num_unsettled -= 1
-            return
-        own, pass_s = self._own, times.pass_s
-        rest_s = times.total_s - pass_s
-        own.num_steps += 1
-        own.num_keys += self._num_keys
-        own.pass_s += pass_s
-        own.rest_s += rest_s
-        own.most_pass_s = max(pass_s, own.most_pass_s)
-        own.most_rest_s = max(rest_s, own.most_rest_s)
+        self._seconds += seconds
+        own = self._own
+        for times in notes:
+            self._num_keys += self._num_requests
+            if self._num_unsettled:
+                self._num_unsettled -= 1
+                continue
+            pass_s = times.pass_s
+            rest_s = times.total_s - pass_s
+            own.num_steps += 1
+            own.num_keys += self._num_keys
+            own.pass_s += pass_s
+            own.rest_s += rest_s
+            own.most_pass_s = max(pass_s, own.most_pass_s)
+            own.most_rest_s = max(rest_s, own.most_rest_s)
 
     def teach(self, cost: CostModel) -> float:
         """Have a cost model learn from the steps since this was last asked; return their seconds.
 
-        The longest of them do not count: they were interrupted.
+        The longest of them teach nothing: they were interrupted.
         """
-        seconds = 0.0
+        self._add_up()
+        seconds, self._seconds = self._seconds, 0.0
         for num_requests, own in self._times.items():
-            seconds += own.pass_s + own.rest_s
             num_steps = own.num_steps - 1
             if num_steps < _LEAST_STEPS:
                 continue
@@ -126,7 +155,7 @@ class Rest:
         return seconds
 
     def tell_news(self) -> None:
-        """Have a plan made, since drafts have become worth more though nobody drafted."""
+        """Have a plan made, since drafts of somebody who does not draft have become worth more."""
         self._has_news = True
         self.end()
         self._pace.hurry()

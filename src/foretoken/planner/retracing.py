@@ -19,7 +19,8 @@ _MOST_TOKENS = 256  # of a text, the newest, are enough to tell ...
 _LEAST_TOKENS = 16  # ... and fewer tell too little
 _LEAST_NEWS = 1e-3  # tokens that a draft is worth more or less; fewer change nothing for others
 _MOST_PATIENCE = 16  # texts, until others than the cheapest are asked, where nobody copies
-_TOLD = 16  # texts in a row in which nothing is copied; one more tells nothing new
+_TOLD = 16  # texts in a row in which nothing is copied; one more tells nothing new ...
+_SKIPPED = 3  # ... and so many are not asked between two that are
 _NEW_TOKENS = 64  # of a request that goes on, after which it is worth asking again
 _SHARE_OF_FIRST = 0.5  # of what may be spent, for the cheapest drafter at once
 _RATE_OF_DIFFERENCE = 0.01  # weight of the newest draft in how two drafters differ
@@ -58,6 +59,9 @@ class Retracing:
         experience: It learns from them.
         probes: They know how much time has passed, and have that much less to spend.
         clock: Seconds.
+
+    Attributes:
+        base: The cheapest drafter, which is asked of every text.
     """
 
     def __init__(
@@ -76,11 +80,12 @@ class Retracing:
         self._lap_s = self._clock() if self._retraces else 0.0
         for label in (*self._retraces, *self._retraces):  # first they are compiled
             self._ask(label, _EXAMPLE, len(_EXAMPLE))
-        self._base, *others = sorted(self._retraces, key=self._token_s.__getitem__) or [""]
+        self.base, *others = sorted(self._retraces, key=self._token_s.__getitem__) or [""]
         self._differences = {label: _Difference(max_nodes) for label in others}
         self._turns = others
         self._num_waited, self._patience = 0, 1  # texts since one of them was asked, and until then
-        self._num_in_vain = 0  # texts in a row of which the cheapest would have copied nothing
+        # Texts in a row of which the cheapest would have copied nothing, and since it was asked.
+        self._num_in_vain = self._num_skipped = 0
 
     def learn_all(self, shares: Sequence[Share]) -> None:
         """Learn from requests that go on, where enough is new."""
@@ -100,7 +105,7 @@ class Retracing:
         """
         num_ids = len(text.token_ids)
         num_new = num_ids - self._num_seen.get(text.request_id, text.num_prompt_ids) - 1
-        if not self._retraces or num_new < least or not self._has_credit():
+        if not self._retraces or num_new < least or not self._has_credit() or self._skips():
             return 0.0
         start_s = self._lap_s = self._clock()
         self._num_seen[text.request_id] = num_ids
@@ -109,6 +114,13 @@ class Retracing:
         self._credit_s -= seconds
         self._probes.pay(seconds)  # who can tell needs no trials
         return news
+
+    def _skips(self) -> bool:
+        """Return whether a text is not asked of, since nothing has been copied for long."""
+        is_skipped = self._num_in_vain > _TOLD and self._num_skipped < _SKIPPED
+        self._num_skipped = self._num_skipped + 1 if is_skipped else 0
+        self._num_waited += is_skipped
+        return is_skipped
 
     def _has_credit(self) -> bool:
         """Return whether there is time to ask anybody."""
@@ -119,7 +131,7 @@ class Retracing:
 
     def _learn(self, text: Text, most: int) -> float:
         """Learn from as many of the last tokens of a text, if there is time; return as `learn`."""
-        base, own = self._base, self._most(self._base, most, _SHARE_OF_FIRST)
+        base, own = self.base, self._most(self.base, most, _SHARE_OF_FIRST)
         if own < _LEAST_TOKENS:
             return 0.0
         counts = self._ask(base, text.token_ids, own)
@@ -140,7 +152,7 @@ class Retracing:
         if most < _LEAST_TOKENS or self._num_waited < self._patience:
             return False
         self._turns = [*self._turns[1:], label]
-        pair = [self._ask(it, text.token_ids, most) for it in (label, self._base)]
+        pair = [self._ask(it, text.token_ids, most) for it in (label, self.base)]
         self._differences[label].learn(*pair)
         # Where nobody copies anything there is no difference to be learned.
         is_copied = any(counts[1:].any() for counts in pair)

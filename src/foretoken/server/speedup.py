@@ -106,7 +106,7 @@ class PlainPace:
         num_rows, num_requests = shape.num_known + shape.num_nodes, shape.num_requests
         if not shape.num_nodes:
             self._learn_bias(times.pass_s, num_requests, shape.num_keys)
-        self._cost.observe_pass(num_rows, shape.num_keys, times.pass_s, num_requests)
+        self._cost.observe_passes([(num_rows, shape.num_keys)], times.pass_s, num_requests)
         rest_s = times.total_s - times.pass_s - draft_s
         self._cost.observe_overhead(num_requests, num_rows, rest_s)
 
