@@ -14,9 +14,9 @@ from foretoken.planner.cost import CostModel
 from foretoken.planner.pacing import Pace
 from foretoken.planner.probing import Probes
 
-# Of a rest, the first steps, find the processor's caches full of other things; beside the embedded
-# pair it takes ten of them until a step takes what others take. Of trials, which are as short, the
-# later half tells, and still says a little too much.
+# The first steps of a rest find the processor's caches full of other things; beside the embedded
+# pair it takes ten of them until a step takes what others take. Of trials, which are about as
+# short, so large a share does not count either, and what is left says a little too much.
 _UNSETTLED_STEPS, _UNSETTLED_SHARE = 2, 0.6
 _LEAST_STEPS = 3  # before their times tell anything
 _MOST_NOTES = 64  # steps, after which what they took is summed up

@@ -49,7 +49,8 @@ class Retracing:
 
     Output does not depend on drafts, so a text tells what drafts that were never made would have
     given. That costs a fraction of what a trial does. The cheapest drafter is asked of every
-    text, the others of as much of one as there is time for: what is learned of them is how they
+    text, or of one in four where nothing is copied, the others of as much of one as there is time
+    for: what is learned of them is how they
     differ from the first on the same tokens. So drafters that copy the same are not compared by
     whose texts were the lucky ones.
 
@@ -61,7 +62,7 @@ class Retracing:
         clock: Seconds.
 
     Attributes:
-        base: The cheapest drafter, which is asked of every text.
+        base: The cheapest drafter, which is asked before the others; "" if there is none.
     """
 
     def __init__(

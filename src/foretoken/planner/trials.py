@@ -16,7 +16,7 @@ _LARGEST_LOSS = 0.4  # of it that one may be expected to waste
 # and where somebody does.
 _EVERY, _EVERY_BESIDE_DRAFTS = 3, 6
 # Small models' steps take about ten, or some milliseconds, until caches hold what another way of
-# decoding needs. The last two of them tell what the way costs.
+# decoding needs. Those after the first half tell what the way costs.
 _STEPS, _LEAST_STEPS, _SECONDS, _LEAST_S = 12, 3, 0.02, 1e-6
 # One that is expected to waste less than this part of its time lasts longer, up to so many times:
 # what it costs is to begin, and few steps tell little of what is nearly as good.
