@@ -215,28 +215,21 @@ def test_a_way_that_does_not_pay_is_not_taken_for_the_steps_after_a_prompt_was_r
     assert num_plans >= 10
 
 
-def test_while_a_plan_holds_what_is_free_to_draft_is_longer_where_it_is_likely():
-    simulated = machine(SMALL, good=0.1, copy=SimulatedDrafter(0.8, claimed=-0.2))
+def test_while_a_plan_holds_what_is_free_to_draft_is_no_larger_than_it_says():
+    """What it seemed worth beyond the plan's size cost more rows and time than it gave tokens."""
+    simulated = machine(SMALL, good=0.1, copy=SimulatedDrafter(0.8, claimed=-0.01))
     planner = simulated.planner()
     simulated.run(planner, num_steps=1500)
     budget = DraftBudget(max_nodes=16, max_depth=16)
     share = SimulatedShare("r0", ("model", "copy"), budget)
-    [order] = planner.order([share])
-    while planner._step is not None or planner._is_trial or planner._choice[0] != ("copy",):
-        simulated._step(planner, [share])
+    num_held = 0
+    for _ in range(300):
         [order] = planner.order([share])
-    size = planner._choices["r0"][1]
-    num_asked = order["copy"].max_nodes
-    assert num_asked > size > 0
-
-    def kept(claim):
-        tree = TokenTree.chain([1] * (1 + num_asked))
-        logprobs = (0.0, *[claim] * num_asked)
-        draft = Draft.from_drafter("copy", tree, draft_logprobs=logprobs)
-        return planner.choose([share], [draft])[0].tree.num_draft_tokens
-
-    assert kept(-0.01) > size
-    assert kept(-4.0) == size
+        if planner._step is None and not planner._is_trial and "copy" in order:
+            num_held += 1
+            assert order["copy"].max_nodes == planner._choices["r0"][1] > 0
+        simulated._step(planner, [share])
+    assert num_held > 100
 
 
 def test_an_order_is_kept_until_the_bounds_of_the_request_come_near_it():
@@ -320,7 +313,7 @@ def test_a_trial_that_is_lucky_earns_what_one_that_is_not_costs():
     simulated.run(planner, num_steps=1000)
     share = SimulatedShare("r0", ("model", "copy"), DraftBudget(max_nodes=16, max_depth=16))
 
-    def earned(seconds):
+    def earned(luck):
         while not (planner._is_trial and planner._step is None):
             simulated._step(planner, [share])
             planner.order([share])
@@ -328,14 +321,15 @@ def test_a_trial_that_is_lucky_earns_what_one_that_is_not_costs():
         planner._count_cruise()
         before = planner._probes._credit_s
         verdict = Verdict((), (RIGHT,), FinalKind.RECOVERED)
+        usual_s = 1e-3 / planner._replaced  # of a token
+        seconds = luck * usual_s
         planner.observe([share], [Draft.empty(RIGHT)], [verdict], StepTimes({}, 0.0, seconds))
         planner._count_cruise()
-        return planner._probes._credit_s - before
+        return (planner._probes._credit_s - before) / usual_s
 
-    usual_s = 1e-3 / planner._rate  # of a token
-    lucky, unlucky = earned(0.5 * usual_s), earned(1.5 * usual_s)
+    lucky, unlucky = earned(0.5), earned(1.5)
     assert lucky > 0
-    assert lucky == pytest.approx(-unlucky, rel=0.3)
+    assert lucky == pytest.approx(-unlucky, rel=0.1)
 
 
 def test_batches_of_sizes_that_come_back_are_planned_no_more_often_than_one_of_the_same_size():

@@ -1,13 +1,19 @@
 """Steps between plans in which nothing is decided: the same answers, nothing lost."""
 
+import random
 from dataclasses import replace
 
 import pytest
 
-from foretoken.core.draft import DraftBudget
+from foretoken.core.draft import Draft, DraftBudget
+from foretoken.core.tree import TokenTree
+from foretoken.core.verdict import FinalKind, Verdict
+from foretoken.planner.base import StepTimes
+from foretoken.planner.choices import Passed, Seen
 from foretoken.planner.cruising import Cruise
+from foretoken.planner.holding import Holding
 from foretoken.planner.pacing import Pace
-from tests.planner.simulation import SimulatedShare
+from tests.planner.simulation import RIGHT, SimulatedShare
 from tests.planner.test_adaptive import SMALL, machine
 
 ORDERS = [{"copy": DraftBudget(max_nodes=5, max_depth=16, min_gain=0.1)}, {}]
@@ -99,28 +105,88 @@ def test_bounds_that_shrink_are_kept_to(cruise):
 
 
 def told(cruise, num_times):
-    """Return what a cruise tells, that many times, of steps that are numbered."""
+    """Return what a cruise tells, that many times, of steps that are numbered by their tokens."""
     found = []
     for number in range(6 * num_times):
-        assert cruise.note(number) is (number % 6 == 5)
-        if number % 6 == 5:
+        verdict = Verdict(tuple(range(1, 1 + number)), (RIGHT,) * (1 + number), FinalKind.BONUS)
+        verdicts, times = [verdict, None], StepTimes({"copy": 0.1}, 0.2, 0.5)
+        if cruise.keeps:
+            drafts = [Draft.empty(RIGHT)] * 2
+            is_time = cruise.keep(Seen(shares(), ORDERS, drafts, drafts, verdicts, times))
+        else:
+            is_time = cruise.count(verdicts, times)
+        assert is_time is (number % 6 == 5)
+        if is_time:
             found.append(cruise.take_notes())
-    assert cruise.take_notes()[0] == []
+    assert cruise.take_notes() == (None, [], False)
     return found
 
 
-def test_it_tells_after_some_steps_and_a_few_are_looked_at(cruise):
+def test_it_tells_after_some_steps_and_those_of_a_few_times_are_kept(cruise):
     found = told(cruise, 30)
-    assert [steps for steps, _ in found] == [list(range(at, at + 6)) for at in range(0, 180, 6)]
-    watched = [place for place, (_, is_watched) in enumerate(found) if is_watched]
+    watched = [place for place, (_, _, is_watched) in enumerate(found) if is_watched]
     assert watched == list(range(3, 30, 4))
+    for place, (passed, steps, is_watched) in enumerate(found):
+        numbers = list(range(6 * place, 6 * place + 6))
+        assert (passed is None) is is_watched
+        if passed is None:
+            assert [len(seen.verdicts[0].path) for seen in steps] == numbers
+        else:
+            assert steps == []
+            assert passed.taken == [numbers, []]  # the second one's request has failed
+            assert passed.num_tokens == [1 + number for number in numbers]
+            assert passed.seconds == [0.5] * 6
+            assert (passed.num_plain_tokens, passed.plain_s) == (0, 0.0)
 
 
 def test_all_of_a_trial_is_looked_at_but_for_its_first_steps(pace):
     cruise = Cruise(pace)
     for _ in range(2):
         cruise.begin(shares(), ORDERS, SIZES, is_trial=True)
-        assert [is_watched for _, is_watched in told(cruise, 4)] == [False, True, True, True]
+        assert [is_watched for *_, is_watched in told(cruise, 4)] == [False, True, True, True]
+
+
+def test_steps_of_several_drafters_at_once_are_all_kept(pace):
+    """What each would have given alone is told by what it has proposed."""
+    cruise = Cruise(pace)
+    cruise.begin(shares(), [{**ORDERS[0], "model": ORDERS[0]["copy"]}, {}], SIZES)
+    for passed, steps, _ in told(cruise, 4):
+        assert passed is None
+        assert len(steps) == 6
+
+
+def test_steps_in_which_nobody_drafted_are_added_up_apart(cruise):
+    verdict = Verdict((), (RIGHT,), FinalKind.RECOVERED)
+    for _ in range(3):
+        assert not cruise.count([verdict, verdict], StepTimes({}, 0.2, 0.5))
+    passed, _, _ = cruise.take_notes()
+    assert passed.taken == [[], []]
+    assert passed.num_tokens == passed.seconds == []
+    assert (passed.num_plain_tokens, passed.plain_s) == (6, 1.5)
+
+
+def test_steps_that_are_counted_are_worth_what_those_are_that_are_kept():
+    """Every step of which numbers are enough, and the same ones looked at."""
+    rng, budget = random.Random(0), DraftBudget(max_nodes=4, max_depth=4)
+    batch = [SimulatedShare(f"r{index}", ("copy",), budget) for index in range(2)]
+    kept, counted = Holding(()), Holding(())
+    passed = Passed(batch, [[], []])
+    tree = TokenTree.chain([RIGHT] * 5)
+    draft = Draft.from_drafter("copy", tree, draft_logprobs=(0.0,) * 5)
+    for _ in range(40):
+        paths = [tuple(range(1, 1 + rng.randrange(5))) for _ in batch]
+        verdicts = [Verdict(path, (RIGHT,) * (1 + len(path)), FinalKind.BONUS) for path in paths]
+        verdicts[0] = verdicts[0] if rng.random() < 0.8 else None
+        times = StepTimes({"copy": 0.1}, 0.2, rng.random())
+        passed.add(verdicts, times)
+        kept.count([Seen(batch, [{}] * 2, [draft] * 2, [draft] * 2, verdicts, times)])
+    counted.count_passed(passed)
+    assert counted.rate == pytest.approx(kept.rate)
+    for plain_rate in (0.0, kept.rate, 1.2 * kept.rate, 2.0 * kept.rate):
+        kept.plain_rate = counted.plain_rate = plain_rate
+        assert counted.is_wanting == kept.is_wanting
+    for share in batch:
+        assert counted.take(share.request_id) == kept.take(share.request_id)
 
 
 def test_what_is_learned_of_time_is_what_steps_take_that_nobody_looks_at():
@@ -145,14 +211,19 @@ def test_between_plans_steps_are_answered_alike_and_all_tokens_are_counted(num_r
     planner = simulated.planner()
     simulated.run(planner, num_requests=num_requests, num_steps=600)
     counted = num_tokens = num_on = 0
-    counts = planner._holding.count
+    counts, counts_passed = planner._holding.count, planner._holding.count_passed
 
     def count(steps, **how):
         nonlocal counted
-        counted += sum(len(verdict.token_ids) for seen in steps for verdict in seen.verdicts)
+        counted += sum(seen.num_tokens for seen in steps)
         counts(steps, **how)
 
-    planner._holding.count = count
+    def count_passed(passed):
+        nonlocal counted
+        counted += sum(passed.num_tokens)
+        counts_passed(passed)
+
+    planner._holding.count, planner._holding.count_passed = count, count_passed
     observe = planner.observe
 
     def watch(seen_shares, scored, verdicts, times):

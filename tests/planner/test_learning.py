@@ -119,6 +119,14 @@ def test_a_new_request_begins_with_what_others_of_its_temperature_have_shown():
     assert gains.of([("hot", 3)])[0, 0, 0] < 0.25
 
 
+def test_a_draft_tells_what_a_larger_one_would_be_worth():
+    """What was known of larger ones came from other texts, and kept drafts small for long."""
+    gains = make_gains(first_guess=0.1, max_nodes=8)
+    for _ in range(400):
+        gains.learn(("r", 0), 0, 0.8 ** np.arange(1, 5), 4)
+    assert gains.of([("other", 0)])[0, 0] == pytest.approx(0.8 ** np.arange(1, 9), abs=1e-3)
+
+
 def test_rows_of_forgotten_requests_are_used_again():
     gains = make_gains()
     for index in range(100):
@@ -128,37 +136,17 @@ def test_rows_of_forgotten_requests_are_used_again():
     assert len(gains._counts) == 4
 
 
-def test_chains_that_are_alike_are_cut_alike_until_a_plan_renews_what_is_known():
-    experience = Experience([("copy",)], ["copy"], 8, {"copy": 0.4})
-    share = SimpleNamespace(request_id="one", temperature=0.0)
-
-    def copied(*token_ids):
-        logprobs = (0.0, *[math.log(0.8)] * (len(token_ids) - 1))
-        return Draft.from_drafter("copy", TokenTree.chain(token_ids), draft_logprobs=logprobs)
-
-    def kept(draft, size=1, least_prob=0.3):
-        return experience.cut(share, draft, size, least_prob).tree
-
-    assert kept(copied(1, 2, 3, 4, 5, 6, 7, 8, 9)) == TokenTree.chain(range(1, 7))  # 0.8**5 = 0.33
-    assert kept(copied(9, 8, 7, 6, 5, 4, 3, 2, 1)) == TokenTree.chain(range(9, 3, -1))
-    assert kept(copied(9, 8, 7, 6, 5, 4, 3, 2, 1), size=7) == TokenTree.chain(range(9, 1, -1))
-    wrong = Verdict(path=(), token_ids=(0,), final_kind=FinalKind.RECOVERED)
-    for _ in range(30):
-        order = {"copy": DraftBudget(max_nodes=8, max_depth=8)}
-        experience.judge(share, order, copied(1, 2, 3, 4, 5, 6, 7, 8, 9), wrong)
-    assert len(kept(copied(1, 2, 3, 4, 5, 6, 7, 8, 9))) == 6
-    experience.renew()
-    assert kept(copied(1, 2, 3, 4, 5, 6, 7, 8, 9)) == TokenTree.chain((1, 2))
-
-
-def test_a_tree_is_cut_to_the_nodes_that_are_worth_a_row():
+def test_a_tree_is_cut_to_its_likeliest_nodes_and_a_chain_to_its_first():
     experience = Experience([("copy",)], ["copy"], 8, {"copy": 0.4})
     share = SimpleNamespace(request_id="one", temperature=0.0)
     tree = TokenTree((1, 2, 3, 4), (-1, 0, 0, 1))
-    logprobs = (0.0, math.log(0.8), math.log(0.1), math.log(0.8))
+    logprobs = (0.0, math.log(0.1), math.log(0.8), math.log(0.8))
     draft = Draft.from_drafter("copy", tree, draft_logprobs=logprobs)
-    assert experience.cut(share, draft, 1, 0.5).tree == TokenTree.chain((1, 2, 4))
-    assert experience.cut(share, draft, 3, 0.5).tree == tree
+    assert experience.cut(share, draft, 1).tree == TokenTree.chain((1, 3))
+    assert experience.cut(share, draft, 2).tree == TokenTree((1, 2, 3), (-1, 0, 0))
+    assert experience.cut(share, draft, 3) is draft
+    chain = Draft.from_drafter("copy", TokenTree.chain((1, 2, 3)), draft_logprobs=(0.0,) * 3)
+    assert experience.cut(share, chain, 1).tree == TokenTree.chain((1, 2))
 
 
 @pytest.mark.parametrize(

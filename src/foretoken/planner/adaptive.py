@@ -42,7 +42,6 @@ from foretoken.planner.trials import LEAST_LOSS, Trials
 _BEYOND_EVERY = 8  # planned steps, after as many at first, in which drafts are larger than planned
 _BEYOND_STEPS = 64  # after which every planned step may be one
 _NEWS = 0.25  # tokens that drafts are worth more than was thought, after which plans are made anew
-_FREE_GAIN = 0.02  # tokens; a drafter whose levels need bring no more works as long for several
 
 
 class AdaptivePlanner(Planner):
@@ -99,7 +98,7 @@ class AdaptivePlanner(Planner):
         # The plan that holds: a way to draft and its size, and what it is for each request.
         self._choice = PLAIN
         self._choices: dict[str, Choice] = {}
-        self._kept = Plan(PLAIN, 0.0, 0.0, 0.0)
+        self._kept = Plan(PLAIN, 0.0, 0.0)
         self._plans: dict[int, Plan] = {}  # by requests
         # By the plan that holds, for requests of a choice and some drafters.
         self._orders: dict[tuple[Choice, tuple[str, ...]], tuple[DraftBudget | None, Order]] = {}
@@ -107,7 +106,6 @@ class AdaptivePlanner(Planner):
         self._is_trial = self._is_new = False
         self._rate = 0.0  # tokens per millisecond that it promises
         self._delivered = math.inf  # those that it gives, if known
-        self._least_prob = 0.0  # of a node beyond the plan's size that is worth its row
         self._is_idle = False  # nothing is drafted in this step, and nothing learned from it
         self._num_decoding = self._num_plans = 0
         self._step: PlannedStep | None = None  # if this one is planned
@@ -158,23 +156,24 @@ class AdaptivePlanner(Planner):
         return orders
 
     def _count_cruise(self) -> None:
-        """Learn what came of steps in which nothing was decided."""
-        steps, is_watched = self._cruise.take_notes()
-        if steps:
-            self._learn_held(steps, is_timed=is_watched)
+        """Learn what came of steps in which nothing was decided; plan if that was too little."""
+        passed, steps, is_watched = self._cruise.take_notes()
+        is_wanting = passed is not None and self._learning.count_passed(passed, self._replaced)
+        if is_wanting or (steps and self._learn_held(steps, is_timed=is_watched)):
+            self._cruise.end()
+            self._pace.hurry()
 
     @property
     def _replaced(self) -> float | None:
         """Tokens per millisecond of the way that a trial replaces; None if there is no trial."""
         return min(self._rate, self._delivered) if self._is_trial else None
 
-    def _learn_held(self, steps: Sequence[Seen], *, is_timed: bool) -> None:
-        """Learn from steps by the plan that holds; if it is found wanting, the next is planned."""
-        self._learning.pay(steps, self._replaced)
+    def _learn_held(self, steps: Sequence[Seen], *, is_timed: bool) -> bool:
+        """Learn from steps by the plan that holds; return whether it is found wanting."""
+        for seen in steps:
+            self._learning.pay(seen.num_tokens, seen.times.total_s, self._replaced)
         arm, is_judged = self._choice[0], self._is_trial or is_timed
-        if self._learning.learn_held(steps, arm, is_judged=is_judged, is_timed=is_timed):
-            self._cruise.end()
-            self._pace.hurry()
+        return self._learning.learn_held(steps, arm, is_judged=is_judged, is_timed=is_timed)
 
     def _needs_plan(self, decoding: Sequence[Share]) -> bool:
         """Return whether a plan that is due may be another than the one that holds."""
@@ -188,7 +187,7 @@ class AdaptivePlanner(Planner):
         # There is none where planning was interrupted; the last one goes on until it is done.
         plan = self._kept = self._plans.get(num_requests, self._kept)
         self._num_decoding, self._delivered = num_requests, math.inf
-        self._choice, self._rate, self._least_prob = plan.choice, plan.rate, plan.least_prob
+        self._choice, self._rate = plan.choice, plan.rate
         self._present, self._is_trial = plan.choice[0], False
         self._probes.cancel()
         self._holding.begin(plan.plain_rate)
@@ -210,7 +209,7 @@ class AdaptivePlanner(Planner):
     def _usual_order(self, share: Share) -> Order:
         """Return the order of a step that is not planned; the last one, if bounds are the same."""
         choice, budget = self._choices.get(share.request_id, self._choice), share.budget
-        known, size = self._orders.get((choice, share.drafters)), longer(choice[1], self._max_nodes)
+        known, size = self._orders.get((choice, share.drafters)), choice[1]
         is_own = self._always.isdisjoint(share.drafters)  # those have the request's own bounds
         if known and (known[0] is budget or (is_own and are_ample(known[0], budget, size))):
             return known[1]
@@ -232,9 +231,7 @@ class AdaptivePlanner(Planner):
         """Return the bounds of a drafter's draft for a request that is to have so many nodes."""
         is_tried = self._is_trial and label not in self._present
         min_gain = 0.0 if is_tried else self._level_gain(label)
-        # Where length is free more may be drafted; what is not worth its row is cut away.
-        is_longer = min_gain < _FREE_GAIN if self._step is None else self._looks_beyond
-        if size and is_longer and not self._is_trial:
+        if self._step is not None and self._looks_beyond and not self._is_trial:
             size = longer(size, self._max_nodes)
         return replace(budget, max_nodes=min(size, budget.max_nodes), min_gain=min_gain)
 
@@ -264,15 +261,12 @@ class AdaptivePlanner(Planner):
         gains = self._experience.gains(decoding)  # [B, A, N]
         able = ways_of(decoding, self._arms[:-1])  # [B, A]
         outlook = self._formula.outlook(gains, able, prices, step_ms, plain_ms)
-        self._experience.renew()
         best = outlook.best(self._arms.index(self._present))
         self._rate = float(outlook.rates[best])
         self._choose_way(decoding, best, outlook)
         if best != outlook.plain:
-            step.draft_ms, size = float(outlook.draft_ms[best]), int(outlook.sizes[best])
-            twice = min(2 * size, len(step_ms) - 1)
-            self._least_prob = self._rate * float(step_ms[twice] - step_ms[0]) / twice
-        self._keep(Plan(self._choice, self._rate, plain_rate, self._least_prob))
+            step.draft_ms = float(outlook.draft_ms[best])
+        self._keep(Plan(self._choice, self._rate, plain_rate))
         in_use = {label for arm, _ in self._choices.values() for label in arm}
         self._probes.choose(in_use, decoding)
         self._choose_trial(decoding, outlook)
@@ -334,9 +328,7 @@ class AdaptivePlanner(Planner):
         """Return a draft within the size that the plan gives it; a merged one may be larger."""
         planned = self._choices.get(share.request_id, self._choice)[1]
         size = with_free(planned, draft, self._always)
-        if draft.tree.num_draft_tokens <= size:
-            return draft
-        return self._experience.cut(share, draft, size, self._least_prob)
+        return self._experience.cut(share, draft, size)
 
     def _best_nodes(self, shares: Sequence[Share], step: PlannedStep) -> list[Draft]:
         """Return the drafts with the n likeliest nodes of all of them, for the best n."""
@@ -360,17 +352,22 @@ class AdaptivePlanner(Planner):
         if self._is_idle:
             self._rest.note(times)
             return
+        cruise, is_cruising = self._cruise, self._cruise.is_on or self._cruise.is_ahead
+        if is_cruising and not cruise.keeps:
+            if cruise.count(verdicts, times):
+                self._count_cruise()
+            return
         seen = Seen(shares, self._ordered, self._proposed, scored, verdicts, times)
-        if self._cruise.is_on or self._cruise.is_ahead:
-            if self._cruise.note(seen):
+        if is_cruising:
+            if cruise.keep(seen):
                 self._count_cruise()
         elif self._step is not None:
             self._step.arm, self._step.is_plain = self._choice[0], not self._present
             self._step.trial_loss = self._trials.loss if self._is_trial else None
             self._step.is_new = self._is_new
             self._learning.learn_planned(self._step, seen, self._replaced)
-        elif not seen.has_prompts:
-            self._learn_held([seen], is_timed=self._pace.is_settled)
+        elif not seen.has_prompts and self._learn_held([seen], is_timed=self._pace.is_settled):
+            self._pace.hurry()
 
     def _step_ms(
         self, shares: Sequence[Share], num_fixed: int, num_nodes: int

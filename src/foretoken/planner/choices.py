@@ -53,13 +53,11 @@ class Plan:
         choice: A way to draft, and the size of each draft.
         rate: Tokens per millisecond that it promises.
         plain_rate: Those of plain decoding.
-        least_prob: Of a node beyond the size that is worth its row.
     """
 
     choice: Choice
     rate: float
     plain_rate: float
-    least_prob: float
 
 
 class Seen(NamedTuple):
@@ -88,9 +86,51 @@ class Seen(NamedTuple):
         return known + sum(draft.tree.num_draft_tokens for draft in self.scored)
 
     @property
+    def num_tokens(self) -> int:
+        """Tokens that it gave."""
+        return sum(len(verdict.token_ids) for verdict in self.verdicts if verdict)
+
+    @property
     def has_prompts(self) -> bool:
         """Whether prompts were read: times say little then about what comes after them."""
         return any(share.num_rows > 1 for share in self.shares)
+
+
+@dataclass(slots=True)
+class Passed:
+    """What came of steps that nobody looks at, in numbers, so that nothing else of them stays.
+
+    Args:
+        shares: Their requests.
+        taken: For each of them, how many tokens of its draft were taken in each step.
+        num_tokens: Of each step in which somebody drafted, those of all requests.
+        seconds: Of each of these steps.
+        num_plain_tokens: Of the other steps together.
+        plain_s: Likewise.
+    """
+
+    shares: Sequence[Share]
+    taken: list[list[int]]
+    num_tokens: list[int] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    num_plain_tokens: int = 0
+    plain_s: float = 0.0
+
+    def add(self, verdicts: Sequence[Verdict | None], times: StepTimes) -> None:
+        """Add a step."""
+        num_tokens, has_drafts = 0, bool(times.draft_s)
+        for taken, verdict in zip(self.taken, verdicts, strict=True):
+            if verdict is not None:
+                num_taken = len(verdict.path)
+                num_tokens += 1 + num_taken
+                if has_drafts:
+                    taken.append(num_taken)
+        if has_drafts:
+            self.num_tokens.append(num_tokens)
+            self.seconds.append(times.total_s)
+        else:
+            self.num_plain_tokens += num_tokens
+            self.plain_s += times.total_s
 
 
 def compile_ahead() -> None:
@@ -240,6 +280,7 @@ def ids_of(shares: Sequence[Share]) -> list[str]:
 __all__ = [
     "PLAIN",
     "Choice",
+    "Passed",
     "Plan",
     "PlannedStep",
     "Seen",

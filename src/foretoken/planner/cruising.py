@@ -10,13 +10,15 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from foretoken.core.draft import Draft, DraftBudget
-from foretoken.planner.base import Order, Share
-from foretoken.planner.choices import Seen
+from foretoken.core.verdict import Verdict
+from foretoken.planner.base import Order, Share, StepTimes
+from foretoken.planner.choices import Passed, Seen
 from foretoken.planner.pacing import Pace
 
 _MOST_NOTES = 6  # steps, after which it may be told that the plan is found wanting
-# Times that it tells, until what it tells is looked at more closely: once in so many by the plan
-# that holds, and always in a trial, whose first steps find the processor's caches full of others.
+# Of so many times that it tells, all steps of one are kept to be looked at more closely, and of the
+# others numbers: what is kept is cold when it is looked at. In a trial all are kept but those of
+# the first time: its first steps find the processor's caches full of others.
 _WATCHED_EVERY = 4
 
 
@@ -38,9 +40,12 @@ class Cruise:
         self._sizes: Sequence[int] = ()
         self._needs: list[int] = []  # nodes that each request's own bounds have to allow
         self.is_on = False
-        self._notes: list[Seen] = []  # of steps that nobody has been told of
-        self._num_told = 0  # times, since it was looked at more closely
-        self._is_trial = False
+        # Of steps that nobody has been told of.
+        self._notes: list[Seen] = []
+        self._passed = Passed((), [])
+        self._num_noted = 0
+        self._num_told = 0  # times, since steps were kept
+        self._is_trial = self._is_union = False
 
     def begin(
         self,
@@ -68,6 +73,9 @@ class Cruise:
         if is_trial:
             self._num_told = 0
         self._is_trial = is_trial
+        # What each would have given alone is told by what each has proposed.
+        self._is_union = any(len(order) > 1 for order in orders)
+        self._passed = Passed(shares, [[] for _ in shares])
         self._sizes, self._orders = sizes, list(orders)
         self._needs = [max((it.max_nodes for it in own.values()), default=0) for own in orders]
 
@@ -102,26 +110,44 @@ class Cruise:
                 return False
         return True
 
-    def note(self, seen: Seen) -> bool:
-        """Note what came of a step; return whether it is time to tell."""
-        self._notes.append(seen)
-        return len(self._notes) >= _MOST_NOTES
+    @property
+    def is_watched(self) -> bool:
+        """Whether what comes of these steps is looked at more closely."""
+        return self._num_told >= (1 if self._is_trial else _WATCHED_EVERY - 1)
 
-    def take_notes(self) -> tuple[list[Seen], bool]:
+    @property
+    def keeps(self) -> bool:
+        """Whether steps are to be kept; of others numbers are enough."""
+        return self._is_union or self.is_watched
+
+    def keep(self, seen: Seen) -> bool:
+        """Keep a step; return whether it is time to tell."""
+        self._notes.append(seen)
+        self._num_noted += 1
+        return self._num_noted >= _MOST_NOTES
+
+    def count(self, verdicts: Sequence[Verdict | None], times: StepTimes) -> bool:
+        """Count a step; return whether it is time to tell."""
+        self._passed.add(verdicts, times)
+        self._num_noted += 1
+        return self._num_noted >= _MOST_NOTES
+
+    def take_notes(self) -> tuple[Passed | None, list[Seen], bool]:
         """Return what came of the steps that nobody has been told of, and forget it.
 
         Returns:
-            The steps, and whether they are to be looked at more closely. They were not while they
-            were done, so that what they took is what such steps take.
+            Numbers of steps, if any were counted; the steps that were kept; and whether these are
+            to be looked at more closely. They were not while they were done, so that what they
+            took is what such steps take.
         """
+        if not self._num_noted:
+            return None, [], False
         notes, self._notes = self._notes, []
-        self._num_told += bool(notes)
-        if self._is_trial:
-            return notes, self._num_told > 1
-        is_watched = self._num_told >= _WATCHED_EVERY
-        if is_watched:
-            self._num_told = 0
-        return notes, is_watched
+        passed, is_watched = self._passed, self.is_watched
+        self._passed = Passed(passed.shares, [[] for _ in passed.shares])
+        self._num_noted = 0
+        self._num_told = 0 if is_watched and not self._is_trial else self._num_told + 1
+        return None if notes else passed, notes, is_watched
 
     def end(self) -> None:
         """Have somebody think again in the next step: what is left has not passed."""

@@ -68,7 +68,6 @@ class Experience:
         self._gains = Gains(arms, max_nodes, first_guess)
         self._luck: dict[tuple[str, str], _Luck] = {}
         self._boast: defaultdict[str, float] = defaultdict(float)  # logarithms
-        self._worths: dict[tuple[str, tuple[str, ...], tuple[float, ...]], int] = {}
 
     def boast(self, label: str) -> float:
         """Return what a drafter says its deepest guesses are worth, per token they are worth."""
@@ -92,32 +91,12 @@ class Experience:
             rank[parent] += 1
         return probs
 
-    def cut(self, share: Share, draft: Draft, size: int, least_prob: float) -> Draft:
-        """Return a request's draft with its likeliest nodes: so many, or all that are worth a row.
-
-        What is said of a chain is said again of those like it until `renew`: copies come with few
-        different estimates, and there are many of them.
-
-        Args:
-            share: Whose it is.
-            draft: Without draws.
-            size: Nodes that stay in any case, the root not counted.
-            least_prob: Probability to be reached from which on nodes stay beyond that.
-        """
-        if not draft.tree.is_chain:
-            probs = self.path_probs(share, draft)
-            num_worth = sum(prob >= least_prob for prob in probs) - 1
-            return draft.keep(draft.tree.top_nodes(probs, max(size, num_worth)))
-        key = share.request_id, draft.source, draft.draft_logprobs
-        if key not in self._worths:
-            probs = self.path_probs(share, draft)
-            self._worths[key] = sum(prob >= least_prob for prob in probs) - 1
-        size = max(size, self._worths[key])
-        return draft if size >= draft.tree.num_draft_tokens else draft.keep(range(size + 1))
-
-    def renew(self) -> None:
-        """Forget what was said of chains: what is worth a row has changed."""
-        self._worths.clear()
+    def cut(self, share: Share, draft: Draft, size: int) -> Draft:
+        """Return a request's draft with its likeliest nodes, the root and so many more at most."""
+        if draft.tree.num_draft_tokens <= size:
+            return draft
+        probs = () if draft.tree.is_chain else self.path_probs(share, draft)
+        return draft.keep(draft.tree.top_nodes(probs, size))
 
     def _estimators(self, request_id: str, source: str) -> list[tuple[Acceptance, float]]:
         """Return what estimates the nodes of a source, and how it does on a request."""

@@ -32,13 +32,24 @@ def blend(
     num_asked: int,
     least_rate: float,
 ) -> None:
-    """Count one draft, and move the means of the nodes that were asked for towards its own."""
+    """Count one draft, and move the means of the nodes that were asked for towards its own.
+
+    A draft that was as large as it could be tells of the nodes after them, too: what they are
+    worth if it had gone on as before. What was known of them from other texts would keep drafts
+    small, and nobody would ever ask for them.
+    """
     counts[at, arm] += 1
     rate = max(least_rate, 1.0 / (counts[at, arm] + PRIOR_DRAFTS))
+    worth = 0.0
     for node in range(num_asked):
-        gains[at, arm, node] *= 1.0 - rate
-        if node < len(probs):
-            gains[at, arm, node] += rate * probs[node]
+        worth = probs[node] if node < len(probs) else 0.0
+        gains[at, arm, node] += rate * (worth - gains[at, arm, node])
+    last, middle = num_asked - 1, (num_asked - 1) // 2
+    if middle < last < len(probs):
+        ratio = (probs[last] / probs[middle]) ** (1.0 / (last - middle))
+        for node in range(num_asked, gains.shape[2]):
+            worth *= ratio
+            gains[at, arm, node] += rate * (worth - gains[at, arm, node])
 
 
 @jit

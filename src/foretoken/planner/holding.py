@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 
 from foretoken.core.draft import Draft, source_names
 from foretoken.core.verdict import Verdict
-from foretoken.planner.base import Share, StepTimes
-from foretoken.planner.choices import Seen
+from foretoken.planner.base import Share
+from foretoken.planner.choices import Passed, Seen
 
 _LEAST_STEPS = 6  # before a plan is found wanting
 _WANTING = 0.9  # of plain decoding's tokens per time; under it a plan is
@@ -90,16 +90,12 @@ class Holding:
         have given alone is counted by what it proposed: who is cut away because little is known
         of him is to become known nonetheless.
         """
-        known = self._counts
         for seen in steps:
             num_tokens = 0
             for place, verdict in enumerate(seen.verdicts):
                 if verdict is not None:
                     share = seen.shares[place]
-                    counts = known.get(share.request_id)
-                    if counts is None:
-                        counts = Counts(share.temperature, share.drafters)
-                        known[share.request_id] = counts
+                    counts = self._counts_of(share)
                     counts.num_steps += 1
                     counts.taken.add(self._num_merits(share, seen.scored[place], verdict))
                     if is_union:
@@ -110,6 +106,25 @@ class Holding:
                 self._num_squares += num_tokens * num_tokens
                 self._num_steps += 1
                 self._ms += 1000.0 * seen.times.total_s
+
+    def count_passed(self, passed: Passed) -> None:
+        """Count steps of which numbers are known: usual ones of one drafter, no other beside it."""
+        for share, taken in zip(passed.shares, passed.taken, strict=True):
+            if taken:
+                counts = self._counts_of(share)
+                counts.num_steps += len(taken)
+                counts.taken.num_taken += sum(taken)
+                counts.taken.num_squares += sum(num * num for num in taken)
+        self._num_tokens += sum(passed.num_tokens)
+        self._num_squares += sum(num * num for num in passed.num_tokens)
+        self._num_steps += len(passed.num_tokens)
+        self._ms += 1000.0 * sum(passed.seconds)
+
+    def _counts_of(self, share: Share) -> Counts:
+        counts = self._counts.get(share.request_id)
+        if counts is None:
+            counts = self._counts[share.request_id] = Counts(share.temperature, share.drafters)
+        return counts
 
     def _num_merits(self, share: Share, draft: Draft, verdict: Verdict) -> int:
         if self._always.isdisjoint(share.drafters):
@@ -153,16 +168,4 @@ def _count_alone(alone: defaultdict[str, Tally], draft: Draft, token_ids: Sequen
         alone[name].add(num_taken)
 
 
-def lost_s(verdicts: Sequence[Verdict | None], times: StepTimes, rate: float) -> float:
-    """Return how many seconds longer a step took for its tokens than by another way.
-
-    Args:
-        verdicts: Of the step.
-        times: Of the step.
-        rate: Tokens per millisecond of the other way.
-    """
-    num_tokens = sum(len(verdict.token_ids) for verdict in verdicts if verdict)
-    return times.total_s - num_tokens / rate / 1000.0
-
-
-__all__ = ["Counts", "Holding", "Tally", "lost_s"]
+__all__ = ["Counts", "Holding", "Tally"]

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 from foretoken.core.draft import Draft
-from foretoken.planner.choices import Choice, PlannedStep, Seen, ids_of
+from foretoken.planner.choices import Choice, Passed, PlannedStep, Seen, ids_of
 from foretoken.planner.cost import CostModel
 from foretoken.planner.drafting import Drafting, learn_costs
 from foretoken.planner.experience import Experience
 from foretoken.planner.gains import Arm
-from foretoken.planner.holding import Holding, lost_s
+from foretoken.planner.holding import Holding
 from foretoken.planner.pacing import Pace
 from foretoken.planner.probing import Probes
 from foretoken.planner.trials import LEAST_LOSS, trial_steps
@@ -56,19 +56,19 @@ class Learning:
         self.holding = Holding(always)
         self.pace, self.probes = Pace(), Probes(labels)
 
-    def pay(self, steps: Sequence[Seen], replaced: float | None) -> None:
+    def pay(self, num_tokens: int, seconds: float, replaced: float | None) -> None:
         """Give the time of steps its share for trials; those of a trial cost what they lost.
 
         Args:
-            steps: Without prompts.
+            num_tokens: That they gave.
+            seconds: That they took, without prompts.
             replaced: Tokens per millisecond of the way that a trial replaces; None if they are
                 those of a plan.
         """
-        self.probes.earn(sum(seen.times.total_s for seen in steps))
+        self.probes.earn(seconds)
         if replaced is not None:
-            for seen in steps:
-                loss_s = lost_s(seen.verdicts, seen.times, replaced)
-                self.probes.pay(LEAST_LOSS * seen.times.total_s + loss_s)
+            loss_s = seconds - num_tokens / replaced / 1000.0
+            self.probes.pay(LEAST_LOSS * seconds + loss_s)
 
     def take_counts(self, request_id: str, choice: Choice) -> None:
         """Learn what was counted of a request while a plan held that was this for it."""
@@ -81,7 +81,7 @@ class Learning:
         """Learn from a step that was planned, and what planning took; `replaced` as for `pay`."""
         start_s, has_prompts = self._clock(), seen.has_prompts
         if not has_prompts:
-            self.pay([seen], replaced)
+            self.pay(seen.num_tokens, seen.times.total_s, replaced)
         self.experience.learn_all(
             seen.shares, seen.orders, seen.proposed, step.probs, seen.verdicts
         )
@@ -106,6 +106,18 @@ class Learning:
             self.pace.hold(trial_steps(step_s, step.trial_loss, len(step.probs)))
         if self.probes.is_wasted:
             self.pace.hurry()
+
+    def count_passed(self, passed: Passed, replaced: float | None) -> bool:
+        """Count steps that nobody looks at; return whether their plan is found wanting.
+
+        Args:
+            passed: Of one drafter alone.
+            replaced: As for `pay`.
+        """
+        num_tokens = passed.num_plain_tokens + sum(passed.num_tokens)
+        self.pay(num_tokens, passed.plain_s + sum(passed.seconds), replaced)
+        self.holding.count_passed(passed)
+        return bool(passed.num_tokens) and self.holding.is_wanting
 
     def learn_held(
         self, steps: Sequence[Seen], arm: Arm, *, is_judged: bool, is_timed: bool

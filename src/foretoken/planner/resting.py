@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 
 from foretoken.planner.base import Order, Share, StepTimes
 from foretoken.planner.cost import CostModel
@@ -20,6 +21,9 @@ from foretoken.planner.probing import Probes
 _UNSETTLED_STEPS, _UNSETTLED_SHARE = 2, 0.6
 _LEAST_STEPS = 3  # before their times tell anything
 _MOST_NOTES = 64  # steps, after which what they took is summed up
+# Times what is usual among those: more counts as no more than that. Interruptions belong to what
+# steps take, those with drafts have them, too; but a single one may be as long as many steps.
+_MOST_OF_USUAL = 3.0
 
 
 @dataclass(slots=True)
@@ -31,16 +35,12 @@ class PlainTimes:
         num_keys: Positions that their rows looked back on.
         pass_s: Their passes.
         rest_s: All but their passes.
-        most_pass_s: The longest pass.
-        most_rest_s: The most besides a pass.
     """
 
     num_steps: int = 0
     num_keys: int = 0
     pass_s: float = 0.0
     rest_s: float = 0.0
-    most_pass_s: float = 0.0
-    most_rest_s: float = 0.0
 
 
 class Rest:
@@ -121,36 +121,28 @@ class Rest:
         if not self._num_requests:
             return
         self._seconds += seconds
-        own = self._own
-        for times in notes:
-            self._num_keys += self._num_requests
-            if self._num_unsettled:
-                self._num_unsettled -= 1
-                continue
-            pass_s = times.pass_s
-            rest_s = times.total_s - pass_s
-            own.num_steps += 1
-            own.num_keys += self._num_keys
-            own.pass_s += pass_s
-            own.rest_s += rest_s
-            own.most_pass_s = max(pass_s, own.most_pass_s)
-            own.most_rest_s = max(rest_s, own.most_rest_s)
+        own, num_unsettled = self._own, min(self._num_unsettled, len(notes))
+        self._num_unsettled -= num_unsettled
+        self._num_keys += num_unsettled * self._num_requests
+        settled = notes[num_unsettled:]
+        if settled:
+            num_steps, num_more = len(settled), self._num_requests  # positions with each step
+            own.num_keys += num_steps * self._num_keys + num_more * num_steps * (num_steps + 1) // 2
+            self._num_keys += num_steps * num_more
+            own.num_steps += num_steps
+            own.pass_s += _usual_sum([times.pass_s for times in settled])
+            own.rest_s += _usual_sum([times.total_s - times.pass_s for times in settled])
 
     def teach(self, cost: CostModel) -> float:
-        """Have a cost model learn from the steps since this was last asked; return their seconds.
-
-        The longest of them teach nothing: they were interrupted.
-        """
+        """Have a cost model learn from the steps since the last time; return their seconds."""
         self._add_up()
         seconds, self._seconds = self._seconds, 0.0
         for num_requests, own in self._times.items():
-            num_steps = own.num_steps - 1
-            if num_steps < _LEAST_STEPS:
-                continue
-            pass_s = (own.pass_s - own.most_pass_s) / num_steps
-            rest_s = (own.rest_s - own.most_rest_s) / num_steps
-            num_keys = own.num_keys // own.num_steps
-            cost.observe_plain(num_requests, num_keys, pass_s, rest_s, num_steps)
+            num_steps = own.num_steps
+            if num_steps >= _LEAST_STEPS:
+                pass_s, rest_s = own.pass_s / num_steps, own.rest_s / num_steps
+                num_keys = own.num_keys // num_steps
+                cost.observe_plain(num_requests, num_keys, pass_s, rest_s, num_steps)
         self._times.clear()
         return seconds
 
@@ -183,6 +175,12 @@ class Rest:
             return True
         self._pace.go_on()
         return False
+
+
+def _usual_sum(seconds: Sequence[float]) -> float:
+    """Return the sum of some times, none of them counted as more than what is usual among them."""
+    most = _MOST_OF_USUAL * median(seconds)
+    return sum(min(it, most) for it in seconds)
 
 
 __all__ = ["Rest"]
