@@ -19,7 +19,7 @@ _MOST_NOTES = 6  # steps, after which it may be told that the plan is found want
 # Of so many times that it tells, all steps of one are kept to be looked at more closely, and of the
 # others numbers: what is kept is cold when it is looked at. In a trial all are kept but those of
 # the first time: its first steps find the processor's caches full of others.
-_WATCHED_EVERY = 4
+_WATCHED_EVERY = 8
 
 
 class Cruise:
