@@ -45,7 +45,7 @@ def blend(
         worth = probs[node] if node < len(probs) else 0.0
         gains[at, arm, node] += rate * (worth - gains[at, arm, node])
     last, middle = num_asked - 1, (num_asked - 1) // 2
-    if middle < last < len(probs):
+    if middle < last < len(probs) and probs[middle] > 0.0:
         ratio = (probs[last] / probs[middle]) ** (1.0 / (last - middle))
         for node in range(num_asked, gains.shape[2]):
             worth *= ratio
