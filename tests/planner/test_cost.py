@@ -1,5 +1,7 @@
 """The curve as a value, and the model that follows the machine."""
 
+import random
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -147,6 +149,30 @@ def test_the_correction_follows_a_machine_that_changes():
     observe(model, 1.0, 500)
     observe(model, 2.0, 60)
     assert model.factor(4) == pytest.approx(2.0, rel=0.03)
+
+
+def test_what_comes_on_top_of_small_passes_is_nothing_to_large_ones():
+    """Learned of few rows, a power of the rows made many of them a tenth dearer than they are."""
+    model, rng = CostModel(CURVE), random.Random(0)
+    for _ in range(400):
+        num_rows = rng.randint(1, 13)
+        seconds = (0.5 * CURVE.base_ms[0] + CURVE.pass_ms(num_rows, 200)) / 1000
+        model.observe_passes([(num_rows, 200)], seconds)
+    assert model.factor(1) == pytest.approx(1.0 + 0.5 * 10.0 / 12.0, rel=0.05)
+    more_ms = model.pass_ms(128, 200) - model.pass_ms(64, 200)
+    assert more_ms == pytest.approx(CURVE.pass_ms(128, 200) - CURVE.pass_ms(64, 200), rel=0.05)
+
+
+def test_what_a_row_takes_around_passes_is_told_by_plain_steps_beside_those_with_drafts():
+    """Drafts of eight requests all had about as many rows, and rows seemed to take nothing."""
+    model, rng = CostModel(CURVE), random.Random(0)
+    for number in range(200):
+        num_rows = rng.randint(62, 68)
+        rest_ms = (0.3 + 0.01 * num_rows) * rng.uniform(0.9, 1.1)
+        model.observe_overhead(8, num_rows, rest_ms / 1000)
+        if number % 40 == 39:
+            model.observe_plain(8, 800, 0.002, 0.38 / 1000, 5)
+    assert model.overhead_ms(8, 1) - model.overhead_ms(8, 0) == pytest.approx(0.01, rel=0.2)
 
 
 def test_one_interrupted_pass_says_little():

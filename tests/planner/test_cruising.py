@@ -198,6 +198,7 @@ def test_what_is_learned_of_time_is_what_steps_take_that_nobody_looks_at():
     num_quiet = 0
     for _ in range(2000):
         is_quiet = planner._cruise.is_ahead or planner._pace._steps_left > 0
+        is_quiet |= planner._rest._steps_left > 0
         num_quiet += is_quiet
         simulated.rest_ms = 0.2 if is_quiet else 0.4
         simulated._step(planner, batch)

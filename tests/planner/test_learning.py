@@ -159,26 +159,27 @@ def test_classes_of_temperature(temperature, kind):
 # -- corrections of costs ------------------------------------------------------------------------
 
 
-def test_passes_of_one_size_move_the_level_and_contrast_shows_the_slope():
+def test_passes_of_one_size_move_the_level_and_contrast_shows_what_comes_on_top():
     correction, rng = Correction(), random.Random(0)
+    small, large = 0.5, 0.02
     for _ in range(300):
-        correction.observe(38, 1.5 * math.exp(0.05 * rng.gauss(0, 1)))
-    assert correction.factor(38) == pytest.approx(1.5, rel=0.05)
-    assert correction.factor(8) > 1.2  # nothing speaks against it
+        correction.observe(large, 1.5 * math.exp(0.05 * rng.gauss(0, 1)))
+    assert correction.factor(large) == pytest.approx(1.5, rel=0.05)
+    assert correction.factor(small) > 1.2  # nothing speaks against it
     for _ in range(20):
         for _ in range(8):
-            correction.observe(38, 1.5 * math.exp(0.05 * rng.gauss(0, 1)))
-        correction.observe(8, 0.9 * math.exp(0.05 * rng.gauss(0, 1)))
-    assert correction.factor(38) == pytest.approx(1.5, rel=0.05)
-    assert correction.factor(8) == pytest.approx(0.9, rel=0.08)
+            correction.observe(large, 1.5 * math.exp(0.05 * rng.gauss(0, 1)))
+        correction.observe(small, 0.9 * math.exp(0.05 * rng.gauss(0, 1)))
+    assert correction.factor(large) == pytest.approx(1.5, rel=0.05)
+    assert correction.factor(small) == pytest.approx(0.9, rel=0.08)
 
 
 def test_one_interrupted_pass_says_little():
     correction = Correction()
     for _ in range(100):
-        correction.observe(8, 1.0)
-    correction.observe(8, 1000.0)
-    assert correction.factor(8) < 1.05
+        correction.observe(0.5, 1.0)
+    correction.observe(0.5, 1000.0)
+    assert correction.factor(0.5) < 1.05
 
 
 # -- pace ----------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Rest: plain decoding goes on without the planner, and it wakes up when something may change."""
 
 import random
+from statistics import mean
 
 import pytest
 
@@ -76,14 +77,15 @@ def test_what_steps_of_a_rest_took_is_learned_without_the_first_ones():
 def test_plain_decoding_is_not_taken_for_faster_than_it_is():
     """The longest of the few steps of a trial did not count, those with drafts all did."""
     rng, cost = random.Random(0), CostModel(SMALL)
-    rest = Rest(settled_pace(), Probes([]))
-    for _ in range(300):
+    rest, found = Rest(settled_pace(), Probes([])), []
+    for _ in range(600):
         rest.begin(shares())
         for _ in range(2 + 5):
             pass_ms, rest_ms = 0.4 * rng.uniform(0.5, 1.5), 0.2 * rng.uniform(0.5, 1.5)
             rest.note(StepTimes({}, pass_ms / 1000, (pass_ms + rest_ms) / 1000))
         rest.teach(cost)
-    assert cost.plain_ms(7, 1) == pytest.approx(0.6, rel=0.02)
+        found.append(cost.plain_ms(7, 1))
+    assert mean(found[100:]) == pytest.approx(0.6, rel=0.02)
 
 
 def test_plain_decoding_is_not_taken_for_slower_than_it_is():

@@ -16,20 +16,23 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from foretoken.core.jit import jit
 from foretoken.errors import ConfigError
 from foretoken.planner.cost_correction import Correction
 from foretoken.planner.cost_running import RunningCost
+from foretoken.planner.cost_tables import row_times, step_times
 
 _MOST_TIMES = 16  # that the mean of many counts for, of what is around passes
+_MOST_TIMES_OF_DRAFTS = 4  # likewise, where plain steps tell what steps with drafts take
 NOTICEABLE = 0.02  # the correction that tables carry is kept until it is wrong by so much
 BEYOND = 4  # times the rows that were measured: the curve goes on, and passes still teach
 KEYS_STEP = 16  # tables are made for multiples of so many positions per request
+
+_Parts: TypeAlias = tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,8 +184,9 @@ class CostModel:
         self._fixed: list[float] = fixed.tolist()
         self._per_key: list[float] = per_key.tolist()
         self._correction = Correction()
-        self._applied = (0.0, 0.0)  # level and slope that tables carry
-        self._parts: dict[tuple[int, int], tuple[NDArray[np.float64], NDArray[np.float64]]] = {}
+        self._applied = (0.0, 0.0)  # level and extra that tables carry
+        # By rows: times without context, those of a position of it, and smallness.
+        self._parts: dict[tuple[int, int], _Parts] = {}
         self._table_key: tuple[int, int, int, tuple[float, float]] | None = None
         self._table = np.zeros(0)
         self._overhead = RunningCost()
@@ -192,7 +196,13 @@ class CostModel:
 
     def factor(self, num_rows: int) -> float:
         """Return how much slower than the curve passes over so many rows are now."""
-        return self._correction.factor(num_rows)
+        return self._correction.factor(self._smallness(num_rows))
+
+    def _smallness(self, num_rows: float) -> float:
+        """Return what part of a pass over so many rows one over a single row takes."""
+        place = max(1, round(num_rows))
+        is_known = place < len(self._fixed)
+        return self._fixed[1] / (self._fixed[place] if is_known else self.curve.pass_ms(place, 0))
 
     # -- passes ------------------------------------------------------------------------------
 
@@ -213,9 +223,10 @@ class CostModel:
         if key != self._table_key:
             parts = self._parts.get((max_rows, num_requests))
             if parts is None:
-                parts = self.curve.split_table(max_rows, num_requests)
+                smallness = np.array([self._smallness(rows) for rows in range(max_rows + 1)])
+                parts = (*self.curve.split_table(max_rows, num_requests), smallness)
                 self._parts[max_rows, num_requests] = parts
-            self._table = _row_times(*parts, num_keys, *self._applied)
+            self._table = row_times(*parts, num_keys, *self._applied)
             self._table.flags.writeable = False
             self._table_key = key
         return self._table
@@ -243,12 +254,11 @@ class CostModel:
             return
         curve_ms = sum(self._curve_ms(*size, num_requests) for size in sizes)
         correction, ratio = self._correction, 1000.0 * seconds / curve_ms
-        correction.observe(num_rows, ratio, is_plain=is_plain, num_passes=len(sizes))
-        level, slope = self._applied
-        most = math.log(self.curve.max_rows)
-        is_off = abs(correction.level - level) + most * abs(correction.slope - slope) > NOTICEABLE
-        if is_off:
-            self._applied = correction.level, correction.slope
+        smallness = self._smallness(num_rows)
+        correction.observe(smallness, ratio, is_plain=is_plain, num_passes=len(sizes))
+        level, extra = self._applied
+        if abs(correction.level - level) + abs(correction.extra - extra) > NOTICEABLE:
+            self._applied = correction.level, correction.extra
 
     def observe_plain(
         self, num_requests: int, num_keys: int, pass_s: float, rest_s: float, num_steps: int
@@ -264,8 +274,14 @@ class CostModel:
         """
         curve_ms = self._curve_ms(num_requests, num_keys, num_requests)
         ratio = 1000.0 * pass_s / curve_ms
-        self._correction.observe(num_requests, ratio, is_plain=True, num_passes=num_steps)
+        smallness = self._smallness(num_requests)
+        self._correction.observe(smallness, ratio, is_plain=True, num_passes=num_steps)
         self._plain_overhead.observe(num_requests, 0, rest_s, num_times=min(num_steps, _MOST_TIMES))
+        if self._overhead.is_known:
+            # It takes about as much around a pass whose rows are all drafted for and none drafted,
+            # and steps with drafts alone are too much alike to tell what a row takes.
+            num_times = min(num_steps, _MOST_TIMES_OF_DRAFTS)
+            self._overhead.observe(num_requests, num_requests, rest_s, num_times=num_times)
 
     def _curve_ms(self, num_rows: int, num_keys: int, num_requests: int) -> float:
         if not 0 < num_rows < len(self._fixed):
@@ -298,9 +314,9 @@ class CostModel:
 
     def plain_ms(self, num_keys: int, num_requests: int) -> float:
         """Return the expected time of a step of plain decoding; arguments as for `row_table`."""
-        pass_ms = self._correction.factor(num_requests, is_plain=True) * self._curve_ms(
-            num_requests, num_keys, num_requests
-        )
+        pass_ms = self._correction.factor(
+            self._smallness(num_requests), is_plain=True
+        ) * self._curve_ms(num_requests, num_keys, num_requests)
         if self._plain_overhead.is_known:
             return pass_ms + self._plain_overhead.expect_ms(num_requests, 0)
         return pass_ms + self.overhead_ms(num_requests, num_requests)
@@ -328,7 +344,7 @@ class CostModel:
         pass_ms = self.row_table(max_rows, num_keys, num_requests)
         none_ms = self.overhead_ms(num_requests, 0)
         row_ms = self.overhead_ms(num_requests, 1) - none_ms
-        return _step_times(pass_ms, num_fixed, none_ms, row_ms)
+        return step_times(pass_ms, num_fixed, none_ms, row_ms)
 
     def observe_draft(
         self,
@@ -357,36 +373,6 @@ class CostModel:
         """Return the expected time of a drafter in one step; 0 if it was never seen."""
         running = self._drafts.get(drafter)
         return 0.0 if running is None else running.expect_ms(num_requests, num_levels)
-
-
-@jit
-def _row_times(
-    fixed: NDArray[np.float64],
-    per_key: NDArray[np.float64],
-    num_keys: int,
-    level: float,
-    slope: float,
-) -> NDArray[np.float64]:
-    """Return times of passes over 0, 1, ... rows: those of the curve, corrected."""
-    times = np.zeros(len(fixed))
-    for num_rows in range(1, len(fixed)):
-        factor = math.exp(level + slope * math.log(num_rows))
-        times[num_rows] = factor * (fixed[num_rows] + per_key[num_rows] * num_keys)
-    return times
-
-
-@jit
-def _step_times(
-    pass_ms: NDArray[np.float64], num_fixed: int, none_ms: float, row_ms: float
-) -> NDArray[np.float64]:
-    """Return times of passes and what is around them from `num_fixed` rows on."""
-    times = np.empty(len(pass_ms) - num_fixed)
-    for place in range(len(times)):
-        num_rows = num_fixed + place
-        # A curve that was measured on a busy machine may say that more rows take less.
-        ms = pass_ms[num_rows] + none_ms + row_ms * num_rows
-        times[place] = max(ms, times[0]) if place else ms
-    return times
 
 
 __all__ = ["CostCurve", "CostModel", "extended"]

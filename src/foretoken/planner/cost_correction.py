@@ -1,4 +1,4 @@
-"""How passes now differ from a measured curve: in level, with their rows, and in plain decoding."""
+"""How passes now differ from a measured curve: in level, by what comes on top, and plain ones."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Sequence
 NOISE = 0.01  # variance of the logarithm of a pass's time about what was expected ...
 LEAST_NOISE = 5e-4  # ... and of the mean of however many
 LEVEL_DRIFT = 3e-4  # added variance of the level with each pass: about 6 passes count
-SLOPE_DRIFT = 3e-6  # and of the slope, which hardly changes
+EXTRA_DRIFT = 3e-5  # and of what comes on top of small passes, which changes little
 PLAIN_DRIFT = 1e-5  # and of what sets plain decoding apart
-LEVEL_VARIANCE, SLOPE_VARIANCE, PLAIN_VARIANCE = 1.0, 0.005, 0.02  # before the first pass
+LEVEL_VARIANCE, EXTRA_VARIANCE, PLAIN_VARIANCE = 1.0, 0.1, 0.02  # before the first pass
 OUTLIER = 2.5  # standard deviations from what was expected; more counts as no more than this ...
 MOST_DEVIATION = 0.7  # ... and the first times, of which nothing is expected, as no more than this
 
@@ -61,11 +61,13 @@ class Filter:
 
 
 class Correction:
-    """Fits log(time / curve) = level + slope * log(rows) to the passes that come by.
+    """Fits log(time / curve) = level + extra * smallness to the passes that come by.
 
-    A machine may read half as fast as when the curve was measured and compute as fast as then; a
-    curve may have been measured while others worked. A level drifts, a slope hardly does, so that
-    passes which all have as many rows move the level and leave the slope to those that differ.
+    The smallness of a pass is the time of a pass over one row over its own, by the curve. A machine
+    may be faster or slower than when the curve was measured: that is the level. And a small model's
+    pass finds the processor's caches full of other things, which those did not that were measured
+    one after the other. As many milliseconds come on top of any pass for that, which is much for
+    one row, and nothing for a hundred; a power of the rows would say less than nothing for those.
 
     Passes of plain decoding are apart from it by a constant: nothing comes between them, and they
     find more in the processor's caches than those that follow drafting.
@@ -73,30 +75,30 @@ class Correction:
 
     def __init__(self) -> None:
         self._filter = Filter(
-            (LEVEL_VARIANCE, SLOPE_VARIANCE, PLAIN_VARIANCE),
-            (LEVEL_DRIFT, SLOPE_DRIFT, PLAIN_DRIFT),
+            (LEVEL_VARIANCE, EXTRA_VARIANCE, PLAIN_VARIANCE),
+            (LEVEL_DRIFT, EXTRA_DRIFT, PLAIN_DRIFT),
         )
 
     @property
     def level(self) -> float:
-        """Of the logarithm, at one row."""
+        """Of the logarithm, of the largest passes."""
         return self._filter.state[0]
 
     @property
-    def slope(self) -> float:
-        """Of the logarithm, per e-fold of rows."""
+    def extra(self) -> float:
+        """Of the logarithm, what a pass over one row has more than those."""
         return self._filter.state[1]
 
-    def factor(self, num_rows: int, *, is_plain: bool = False) -> float:
-        """Return how much longer a pass over so many rows takes than the curve says."""
-        level, slope, plain = self._filter.state
-        return math.exp(level + slope * math.log(num_rows) + plain * is_plain)
+    def factor(self, smallness: float, *, is_plain: bool = False) -> float:
+        """Return how much longer a pass of that smallness takes than the curve says."""
+        level, extra, plain = self._filter.state
+        return math.exp(level + extra * smallness + plain * is_plain)
 
     def observe(
-        self, num_rows: float, ratio: float, *, is_plain: bool = False, num_passes: int = 1
+        self, smallness: float, ratio: float, *, is_plain: bool = False, num_passes: int = 1
     ) -> None:
         """Learn how much longer than the curve says a pass took, or some did in the mean."""
-        weights = (1.0, math.log(num_rows), float(is_plain))
+        weights = (1.0, smallness, float(is_plain))
         noise = max(LEAST_NOISE, NOISE / num_passes)
         self._filter.observe(weights, math.log(max(ratio, 1e-3)), noise)
 

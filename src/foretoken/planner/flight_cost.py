@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 
 from foretoken.planner.cost import CostCurve
-from foretoken.planner.cost_correction import SLOPE_DRIFT, Filter
+from foretoken.planner.cost_correction import Filter
 from foretoken.planner.in_flight import TickReport
 
 LEVEL_DRIFT = 7e-5  # added variance of the level with each step: about 12 steps count
 OFFSET_DRIFT = 1e-6  # added variance of what sets ticks apart from passes, with each step
+SLOPE_DRIFT = 3e-6  # and of the slope, which hardly changes
 LEVEL_VARIANCE, OFFSET_VARIANCE, SLOPE_VARIANCE = 1.0, 0.25, 0.02  # before the first step
 _DRIFTS = (LEVEL_DRIFT, OFFSET_DRIFT, SLOPE_DRIFT)
 
