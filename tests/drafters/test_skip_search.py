@@ -2,8 +2,7 @@
 
 import random
 from itertools import pairwise
-
-import pytest
+from statistics import mean
 
 from foretoken.drafters.skip_search import SkipSearch, SkipSet
 
@@ -36,27 +35,36 @@ def test_it_starts_with_parts_spread_over_the_layers():
     assert max(b - a for a, b in pairwise(layers)) <= 3
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_it_finds_the_parts_that_matter_least_under_noise(seed):
-    """28 parts, 14 of them free, the others worth 0.02 to 0.1 each, windows of 32 tokens."""
-    rng = random.Random(seed)
-    units = [(layer, part) for layer in range(1, 15) for part in "am"]
-    worth = dict.fromkeys(units, 0.0)
-    worth |= {unit: rng.uniform(0.02, 0.1) for unit in rng.sample(units, 14)}
+def test_it_finds_the_parts_that_matter_least_under_noise():
+    """28 parts, 14 of them free, the others worth 0.02 to 0.1 each, windows of 32 tokens.
 
-    def exact(skipped):
-        lost = sum(worth[layer, "a"] for layer in skipped.attention)
-        return max(0.0, 1 - lost - sum(worth[layer, "m"] for layer in skipped.mlp))
+    In the mean of sixteen searches, since a single one hangs by the last bits of sums that differ
+    from processor to processor: one of them came to 0.35 of chance where another gave it 0.11.
+    """
 
-    def noisy(skipped):
-        return sum(rng.random() < exact(skipped) for _ in range(32)) / 32
+    def lost(seed):
+        """Return what the set that is found loses, over what a random half does on average."""
+        rng = random.Random(seed)
+        units = [(layer, part) for layer in range(1, 15) for part in "am"]
+        worth = dict.fromkeys(units, 0.0)
+        worth |= {unit: rng.uniform(0.02, 0.1) for unit in rng.sample(units, 14)}
 
-    search = make(seed=seed, max_trials=150)
-    start = exact(search.best)
-    run(search, noisy, 150)
-    chance = sum(worth.values()) / 2  # what a random half loses on average
-    assert 1 - exact(search.best) < 0.35 * chance
-    assert exact(search.best) > start
+        def exact(skipped):
+            lost = sum(worth[layer, "a"] for layer in skipped.attention)
+            return max(0.0, 1 - lost - sum(worth[layer, "m"] for layer in skipped.mlp))
+
+        def noisy(skipped):
+            return sum(rng.random() < exact(skipped) for _ in range(32)) / 32
+
+        search = make(seed=seed, max_trials=150)
+        start = exact(search.best)
+        run(search, noisy, 150)
+        assert exact(search.best) > start
+        return (1 - exact(search.best)) / (sum(worth.values()) / 2)
+
+    found = [lost(seed) for seed in range(16)]
+    assert mean(found) < 0.22
+    assert max(found) < 0.5
 
 
 def test_a_set_that_only_ties_does_not_replace_the_best():
