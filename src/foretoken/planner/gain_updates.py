@@ -35,8 +35,8 @@ def blend(
     """Count one draft, and move the means of the nodes that were asked for towards its own.
 
     A draft that was as large as it could be tells of the nodes after them, too: what they are
-    worth if it had gone on as its second half did. What was known of them from other texts would keep drafts
-    small, and nobody would ever ask for them.
+    worth if it had gone on as its second half did. What was known of them from other texts would
+    keep drafts small, and nobody would ever ask for them.
     """
     counts[at, arm] += 1
     rate = max(least_rate, 1.0 / (counts[at, arm] + PRIOR_DRAFTS))
