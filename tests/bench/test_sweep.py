@@ -11,13 +11,12 @@ from rich.console import Console
 
 from foretoken.bench.peers.base import PeerOutput
 from foretoken.bench.record import different_tokens
-from foretoken.bench.runner import System
 from foretoken.bench.sweep import run as sweep_run
 from foretoken.bench.sweep.cell import as_entry, measure
 from foretoken.bench.sweep.plots import write_plots
 from foretoken.bench.sweep.report import print_report
 from foretoken.bench.sweep.run import run_sweep
-from foretoken.bench.sweep.schedule import SLICE_S, TURN_S, Schedule, orders
+from foretoken.bench.sweep.schedule import SLICE_S, TURN_S, PausingSystem, Schedule, orders
 from foretoken.bench.sweep.settings import CellKey, Kind, SweepSettings
 from foretoken.bench.sweep.summary import goals, is_close, resolution, wins
 from foretoken.bench.sweep.work import SweepWork, edited
@@ -26,6 +25,7 @@ from foretoken.errors import ConfigError, ForetokenError
 from foretoken.models.tokenizer import Tokenizer
 
 STORY, EDIT, RANDOM = Kind
+NUM_TOKENS = 6  # of every request of the fakes
 INFO = HostInfo(version="1", dtype="float64", context_limit=128, vocab_size=257)
 
 
@@ -175,6 +175,11 @@ class TimedHost:
         output = PeerOutput(token_ids=[self.token_id] * 6, seconds=seconds, num_steps=3)
         return Turn(outputs=[output] * len(tasks), unit_s=[seconds])
 
+    def run_in_parts(self, tasks, *, num_parts, speculative):
+        for _ in range(num_parts - 1):
+            yield Turn(outputs=[], unit_s=[0.0])
+        yield self.run(tasks, batch_size=len(tasks), speculative=speculative)
+
 
 class SteadyHost:
     """Takes so many seconds for a batch, and remembers what it was asked and when."""
@@ -195,19 +200,31 @@ class SteadyHost:
         cpu_s = None if self.cpu_s is None else self.cpu_s * num_batches
         return Turn(outputs=[output] * len(tasks), unit_s=seconds, cpu_s=cpu_s)
 
+    def run_in_parts(self, tasks, *, num_parts, speculative):
+        whole = self.run(tasks, batch_size=len(tasks), speculative=speculative)
+        for part in range(num_parts):
+            if part:
+                self.calls.append((self, []))
+            yield Turn(
+                outputs=whole.outputs if part == num_parts - 1 else [],
+                unit_s=[seconds / num_parts for seconds in whole.unit_s],
+                cpu_s=None if whole.cpu_s is None else whole.cpu_s / num_parts,
+            )
+
 
 class AnyWork:
     def tasks(self, key, round_number, num_prompts):
         first = 1000 * round_number
         return [
-            Task(prompt_ids=(5, 6), max_new_tokens=6, temperature=0.0, seed=first + number)
+            Task(prompt_ids=(5, 6), max_new_tokens=NUM_TOKENS, temperature=0.0, seed=first + number)
             for number in range(num_prompts)
         ]
 
 
 def measured(settings, key=None, **hosts):
     systems = [
-        System(name.replace("_", " "), "plain", host, is_peer=False) for name, host in hosts.items()
+        PausingSystem(name.replace("_", " "), "plain", host, is_peer=False)
+        for name, host in hosts.items()
     ]
     key = key or settings.cells[0]
     rounds = measure(key, systems, AnyWork(), settings, lambda *_: None)
@@ -215,25 +232,27 @@ def measured(settings, key=None, **hosts):
 
 
 def test_a_big_model_has_no_more_work_than_asked_for():
-    schedule = Schedule.least(batch_size=2, num_prompts=5).fitted(batch_s=3.0, least_s=1.0)
-    assert schedule == Schedule(
-        batch_size=2, batches_per_round=3, batches_per_lap=1, laps_per_slice=2
-    )
+    least = Schedule.least(batch_size=2, num_prompts=5)
+    schedule = least.fitted(batch_s=3.0, least_s=1.0, num_tokens=64)
     assert schedule.num_prompts == 6  # whole batches
-    assert [len(part) for part in schedule.slices(range(6))] == [4, 2]
+    assert [len(part) for part in schedule.slices(range(6))] == [2, 2, 2]
+    # The others have their turns while a batch is being made, but for a step with drafts at least.
+    assert (schedule.batches_per_lap, schedule.turns_per_lap) == (1, 64 // 4)
+    assert least.fitted(batch_s=3.0, least_s=1.0, num_tokens=6).turns_per_lap == 1
 
 
-@pytest.mark.parametrize("batch_s", [0.0004, 0.003, 0.026, 0.07, 0.2, 0.3])
+@pytest.mark.parametrize("batch_s", [0.0004, 0.003, 0.026, 0.04, 0.07, 0.2, 0.3])
 def test_a_small_model_has_work_for_the_time_asked_for(batch_s):
-    schedule = Schedule.least(batch_size=4, num_prompts=8).fitted(batch_s, least_s=1.0)
+    least = Schedule.least(batch_size=4, num_prompts=8)
+    schedule = least.fitted(batch_s, least_s=1.0, num_tokens=64)
     lap_s = schedule.batches_per_lap * batch_s
-    assert 0.67 * TURN_S < lap_s < 1.5 * max(TURN_S, batch_s)
+    assert 0.67 * TURN_S < lap_s / schedule.turns_per_lap < 1.5 * TURN_S
     slice_s = lap_s * schedule.laps_per_slice
-    assert SLICE_S / 2 < slice_s <= max(1.5 * SLICE_S, 2 * batch_s)
+    assert SLICE_S / 2 < slice_s <= 1.5 * SLICE_S
     assert 1.0 <= schedule.batches_per_round * batch_s < 1.0 + slice_s
     slices = schedule.slices(range(schedule.num_prompts))
     assert {len(schedule.laps(part)) for part in slices} == {schedule.laps_per_slice}
-    assert schedule.laps_per_slice % 2 == 0
+    assert schedule.laps_per_slice * schedule.turns_per_lap % 2 == 0
 
 
 def test_every_order_comes_with_its_reverse():
@@ -273,6 +292,20 @@ def test_systems_take_short_turns_with_the_same_prompts(sweep_settings):
     assert len(set(seen)) == len(seen)  # no prompt twice, warm-ups included
     places = [host is fast for host, _ in calls]
     assert all(sum(places[lap : lap + 2]) == 1 for lap in range(0, len(places), 2))
+
+
+def test_a_long_batch_is_divided_so_that_others_come_in_between(sweep_settings):
+    calls = []
+    fast, slow = SteadyHost(0.2, calls), SteadyHost(0.4, calls)
+    settings = sweep_settings(least_seconds=0.5, batch_sizes=(3,), max_new_tokens=64)
+    entry = measured(settings, plain=fast, slow=slow)
+    assert entry["systems"]["slow"]["speed_up"]["median"] == pytest.approx(0.5)
+    # Three batches make the half second full, each a slice of four turns.
+    assert (entry["num_prompts_per_round"], entry["num_slices"]) == (9, 3)
+    assert entry["num_tokens_per_round"] == NUM_TOKENS * 9
+    turns = [host is fast for host, _ in calls[2:]]  # after the first, undivided warm-up
+    assert len(turns) == 2 * 4 * (3 + 3)  # with the second warm-up
+    assert all(sum(turns[lap : lap + 2]) == 1 for lap in range(0, len(turns), 2))
 
 
 def test_a_cold_start_does_not_shorten_the_rounds(sweep_settings):
@@ -510,7 +543,7 @@ def test_a_record_of_other_settings_is_not_mixed_with(sweep_settings, tmp_path):
 
 def test_a_record_of_an_earlier_format_is_not_mixed_with(sweep_settings, record, tmp_path):
     (tmp_path / "record.json").write_text(json.dumps({**record, "format": 1}))
-    with pytest.raises(ConfigError, match=r"has format 1, which .* this version writes 2"):
+    with pytest.raises(ConfigError, match=r"has format 1, which .* this version writes 3"):
         run_sweep(whole(sweep_settings), ["foretoken"], tmp_path)
 
 

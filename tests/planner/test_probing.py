@@ -26,6 +26,23 @@ def test_trials_stay_under_their_share_and_take_turns():
     assert abs(tried.count("b") - tried.count("c")) <= 1
 
 
+def test_what_was_saved_up_for_long_is_not_spent_at_once():
+    """Hours in which nothing was tried paid for seconds in which every third plan was a trial."""
+
+    def spent_s(num_idle):
+        probes, spent_s = Probes(["a"]), 0.0
+        probes.earn(0.001 * num_idle, num_idle)
+        for _ in range(1000):
+            probes.earn(0.001)
+            if probes.has_credit:
+                probes.pay(0.004)
+                spent_s += 0.004
+        return spent_s
+
+    assert spent_s(1) <= PROBING_SHARE * 1.0 + 0.004 + 0.004
+    assert spent_s(1_000_000) <= PROBING_SHARE * 1.0 + 0.016 + 0.004
+
+
 def test_trials_that_change_nothing_become_rarer():
     probes, tried = Probes(["a", "b"]), []
     for step in range(65):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from foretoken import __version__
 from foretoken.bench.clocks import Seconds
@@ -12,9 +12,11 @@ from foretoken.bench.instrument import timed_phases
 from foretoken.bench.memory import memory, reset_peak_memory
 from foretoken.bench.peers.base import PeerOutput
 from foretoken.bench.script import scripted
-from foretoken.bench.systems import HostInfo, Task, Turn, units
+from foretoken.bench.systems import HostInfo, Task, Turn, joined, units
 from foretoken.core.params import SamplingParams
-from foretoken.engine.llm import LLM, RequestOutput
+from foretoken.engine.engine import Engine
+from foretoken.engine.llm import LLM
+from foretoken.engine.request import Request
 from foretoken.models.adapter import LanguageModel
 from foretoken.models.quiet import silence_libraries
 
@@ -88,30 +90,59 @@ class ForetokenHost:
 
     def run(self, tasks: Sequence[Task], *, batch_size: int, speculative: bool) -> Turn:
         """Continue all tasks."""
-        drafters = None if speculative else ()
         reset_peak_memory()
-        outputs: list[PeerOutput] = []
-        unit_s, cpu_s = [], 0.0
-        scripts = {task.prompt_ids: task.script for task in tasks if task.script}
         timed = timed_phases(self._llm) if self._times_phases else nullcontext()
-        # Outside of what is timed by parts: a real target would not do this work.
-        with timed as phases, scripted(self._llm.engine.parts, scripts) as prompter:
-            for unit in units(tasks, batch_size):
-                before, start = prompter.spent, Seconds.now()
-                done = self._llm.generate(
-                    [list(task.prompt_ids) for task in unit],
-                    [_params(task) for task in unit],
-                    drafters=drafters,
-                )
-                took = Seconds.now().since(start).since(prompter.spent.since(before))
-                unit_s.append(took.wall_s)
-                cpu_s += took.cpu_s
-                outputs += [_as_output(output, took.wall_s) for output in done]
-        return Turn(outputs=outputs, unit_s=unit_s, cpu_s=cpu_s, phases=phases, memory=memory())
+        with timed as phases:
+            turns = [
+                turn
+                for unit in units(tasks, batch_size)
+                for turn in self.run_in_parts(unit, num_parts=1, speculative=speculative)
+            ]
+        return replace(joined(turns), phases=phases, memory=memory())
+
+    def run_in_parts(
+        self, tasks: Sequence[Task], *, num_parts: int, speculative: bool
+    ) -> Iterator[Turn]:
+        """Continue tasks, all at once, and yield a turn for every part of their tokens.
+
+        Others may work between two parts: neither their time nor what they do counts. A part has
+        no step if the one before has made its tokens, too.
+        """
+        engine, drafters = self._llm.engine, None if speculative else ()
+        scripts = {task.prompt_ids: task.script for task in tasks if task.script}
+        num_wanted, num_made, wall_s = sum(task.max_new_tokens for task in tasks), 0, 0.0
+        requests: list[Request] = []
+        try:
+            for part in range(1, num_parts + 1):
+                is_last = part == num_parts
+                # Outside of what is timed by parts: a real target would not do this work.
+                with scripted(engine.parts, scripts) as prompter:
+                    start = Seconds.now()
+                    if part == 1:
+                        for task in tasks:
+                            requests.append(_submitted(engine, task, drafters))
+                    while engine.num_unfinished:
+                        if not is_last and num_made * num_parts >= part * num_wanted:
+                            break
+                        num_made += sum(len(it.token_ids) for it in engine.step())
+                    took = Seconds.now().since(start).since(prompter.spent)
+                wall_s += took.wall_s
+                outputs = [_as_output(request, wall_s) for request in requests] if is_last else []
+                yield Turn(outputs=outputs, unit_s=[took.wall_s], cpu_s=took.cpu_s)
+        finally:
+            for request in requests:
+                engine.abort(request.request_id)
 
     def close(self) -> None:
         """Forget the model; its memory goes with the last reference."""
         del self._llm
+
+
+def _submitted(engine: Engine, task: Task, drafters: Sequence[str] | None) -> Request:
+    request = engine.new_request(task.prompt_ids, _params(task), drafters=drafters)
+    request.streams_text = False
+    engine.submit(request)
+    return request
 
 
 def _params(task: Task) -> SamplingParams:
@@ -123,10 +154,10 @@ def _params(task: Task) -> SamplingParams:
     )
 
 
-def _as_output(output: RequestOutput, seconds: float) -> PeerOutput:
-    stats = output.stats
+def _as_output(request: Request, seconds: float) -> PeerOutput:
+    stats = request.stats
     return PeerOutput(
-        token_ids=list(output.token_ids),
+        token_ids=list(request.output_ids),
         seconds=seconds,
         prefill_s=stats.prefill_s,
         num_steps=stats.num_steps,

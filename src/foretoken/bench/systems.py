@@ -5,7 +5,7 @@ Nothing here imports torch: the memory of a peer's process is to be that of the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
@@ -93,6 +93,25 @@ class Host(Protocol):
         ...
 
 
+class PausingHost(Host, Protocol):
+    """A system that can be stopped in the middle of a batch while others have their turns."""
+
+    def run_in_parts(
+        self, tasks: Sequence[Task], *, num_parts: int, speculative: bool
+    ) -> Iterator[Turn]:
+        """Continue tasks, all at once, and yield a turn for every part of their tokens.
+
+        Others may work between two parts: neither their time nor what they do counts. A part has
+        no step if the one before has made its tokens, too.
+
+        Args:
+            tasks: One batch.
+            num_parts: As many turns are yielded; all outputs come with the last.
+            speculative: False for plain decoding.
+        """
+        ...
+
+
 class PeerHost:
     """A peer behind the same interface, one task at a time.
 
@@ -143,6 +162,16 @@ class PeerHost:
 HostBuilder = Callable[[], Host]
 
 
+def joined(turns: Sequence[Turn]) -> Turn:
+    """Return turns that a system had one after another as one, which no phases are known of."""
+    cpu_s = [turn.cpu_s for turn in turns if turn.cpu_s is not None]
+    return Turn(
+        outputs=[output for turn in turns for output in turn.outputs],
+        unit_s=[seconds for turn in turns for seconds in turn.unit_s],
+        cpu_s=sum(cpu_s) if len(cpu_s) == len(turns) else None,
+    )
+
+
 def units(items: Sequence[T], size: int) -> list[Sequence[T]]:
     """Return the items in groups of `size`; the last one may be smaller."""
     return [items[start : start + size] for start in range(0, len(items), size)]
@@ -152,8 +181,10 @@ __all__ = [
     "Host",
     "HostBuilder",
     "HostInfo",
+    "PausingHost",
     "PeerHost",
     "Task",
     "Turn",
+    "joined",
     "units",
 ]

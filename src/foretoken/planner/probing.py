@@ -8,10 +8,11 @@ from dataclasses import replace
 from foretoken.core.draft import DraftBudget
 from foretoken.planner.base import Share
 
-PROBING_SHARE = 0.01  # of it, at most, for drafters that are tried and not expected to pay
+PROBING_SHARE = 0.007  # of it, at most, for drafters that are tried and not expected to pay
 _FIRST_CREDIT = 4.0  # steps whose time may be spent on probing at once
-_MOST_CREDIT_S = 0.2
+_MOST_CREDIT = 16.0  # likewise, where nothing was tried for long: hours would buy a slow minute
 _MOST_DEBT = 16.0  # steps whose time may be owed: code that a late trial loads comes but once
+_RATE = 0.1  # weight of the newest step in what one takes
 _MOST_PATIENCE = 16.0  # planned steps between two trials of a drafter that was found wanting
 _SIZES = (4, 1, 2)  # nodes of drafts that are only tried, in turn, to tell levels' cost
 _MOST_REQUESTS = 4  # that have them
@@ -36,19 +37,27 @@ class Probes:
         self._patience = dict.fromkeys(labels, 1.0)  # idle steps before the next trial
         self._price_s = dict.fromkeys(labels, 0.0)
         self._credit_s: float | None = None
-        self._most_debt_s = 0.0
+        self._step_s = 0.0  # what one takes
         self._num_probes = 0
         self._request_ids: frozenset[str] = frozenset()
         self.label: str | None = None
         self.is_wasted = False
         self.seconds = 0.0
 
-    def earn(self, seconds: float) -> None:
-        """Add the share of a step's time that may be spent."""
+    def earn(self, seconds: float, num_steps: int = 1) -> None:
+        """Add the share of the time of steps that may be spent.
+
+        Args:
+            seconds: That they took together.
+            num_steps: How many.
+        """
+        step_s = seconds / num_steps
         if self._credit_s is None:
-            self._credit_s, self._most_debt_s = _FIRST_CREDIT * seconds, _MOST_DEBT * seconds
+            self._credit_s, self._step_s = _FIRST_CREDIT * step_s, step_s
+        self._step_s += _RATE * (step_s - self._step_s)
         self.seconds += seconds
-        self._credit_s = min(_MOST_CREDIT_S, self._credit_s + PROBING_SHARE * seconds)
+        earned_s = self._credit_s + PROBING_SHARE * seconds
+        self._credit_s = min(max(self._credit_s, _MOST_CREDIT * self._step_s), earned_s)
 
     def choose(self, in_use: Collection[str], decoding: Sequence[Share]) -> None:
         """Choose a drafter that nobody uses, if its time has come; the last one if it was wasted.
@@ -119,7 +128,7 @@ class Probes:
         """Subtract what a trial took, of a drafter if it was one."""
         if label is not None:
             self._price_s[label] = seconds
-        self._credit_s = max(-self._most_debt_s, (self._credit_s or 0.0) - seconds)
+        self._credit_s = max(-_MOST_DEBT * self._step_s, (self._credit_s or 0.0) - seconds)
 
 
 __all__ = ["PROBING_SHARE", "Probes"]

@@ -117,7 +117,7 @@ class Rest:
             return
         notes, self._notes = self._notes, []
         seconds = sum(times.total_s for times in notes)
-        self._probes.earn(seconds)
+        self._probes.earn(seconds, len(notes))
         if not self._num_requests:
             return
         self._seconds += seconds

@@ -13,12 +13,11 @@ from typing import Any
 import numpy as np
 
 from foretoken.bench.record import counts
-from foretoken.bench.runner import System
 from foretoken.bench.statistics import ratio_interval, rounded, spread
-from foretoken.bench.sweep.schedule import Schedule, orders
+from foretoken.bench.sweep.schedule import PausingSystem, Schedule, orders
 from foretoken.bench.sweep.settings import AUTO, PLAIN, PLAIN_AGAIN, CellKey, SweepSettings
 from foretoken.bench.sweep.work import SweepWork
-from foretoken.bench.systems import Task, Turn
+from foretoken.bench.systems import Task, Turn, joined
 
 PLAIN_BOUND = 0.98  # what `auto` has to reach of plain decoding's speed
 BEST_BOUND = 0.95  # and of the best fixed method's
@@ -101,7 +100,11 @@ Say = Callable[[str, str], None]
 
 
 def measure(
-    key: CellKey, systems: Sequence[System], work: SweepWork, settings: SweepSettings, say: Say
+    key: CellKey,
+    systems: Sequence[PausingSystem],
+    work: SweepWork,
+    settings: SweepSettings,
+    say: Say,
 ) -> Rounds:
     """Return a cell's rounds: as many as settings ask for, and more while intervals are wide.
 
@@ -113,17 +116,17 @@ def measure(
         say: Is told what comes now: where in the sweep, and whose turn it is.
     """
     rounds = Rounds([system.name for system in systems])
-    laps = orders(systems, settings.seed)
+    drawn = orders(systems, settings.seed)
 
     def run(number: int, schedule: Schedule, where: str) -> list[Slice]:
         tasks = work.tasks(key, number, schedule.num_prompts)
-        return _round(laps, tasks, schedule, partial(say, f"{key}, {where}"))
+        return _round(systems, drawn, tasks, schedule, partial(say, f"{key}, {where}"))
 
     # Rounds that do not count: caches fill, code is compiled, estimates settle. The first tells
     # how long the others have to be, which is the same for all systems and for the whole cell.
     least = Schedule.least(key.batch_size, settings.num_prompts)
     first = run(settings.max_rounds, least, "warm-up")
-    schedule = least.fitted(_batch_s(first), settings.least_seconds)
+    schedule = least.fitted(_batch_s(first), settings.least_seconds, settings.max_new_tokens)
     if schedule.num_prompts > least.num_prompts:
         run(settings.max_rounds + 1, schedule, "warm-up")
     for number in range(settings.max_rounds):
@@ -135,7 +138,8 @@ def measure(
 
 
 def _round(
-    laps: Iterator[Sequence[System]],
+    systems: Sequence[PausingSystem],
+    drawn: Iterator[Sequence[PausingSystem]],
     tasks: Sequence[Task],
     schedule: Schedule,
     say: Callable[[str], None],
@@ -145,24 +149,13 @@ def _round(
     for part in schedule.slices(tasks):
         turns: dict[str, list[Turn]] = {}
         for lap in schedule.laps(part):
-            for system in next(laps):
-                say(system.name)
-                turn = system.host.run(
-                    lap, batch_size=schedule.batch_size, speculative=system.speculative
-                )
-                turns.setdefault(system.name, []).append(turn)
-        slices.append(Slice(part, {name: _joined(parts) for name, parts in turns.items()}))
+            begun = {system.name: system.turns(lap, schedule) for system in systems}
+            for _ in range(schedule.turns_per_lap):
+                for system in next(drawn):
+                    say(system.name)
+                    turns.setdefault(system.name, []).append(next(begun[system.name]))
+        slices.append(Slice(part, {name: joined(own) for name, own in turns.items()}))
     return slices
-
-
-def _joined(turns: Sequence[Turn]) -> Turn:
-    """Return turns that a system had one after another as one."""
-    cpu_s = [turn.cpu_s for turn in turns if turn.cpu_s is not None]
-    return Turn(
-        outputs=[output for turn in turns for output in turn.outputs],
-        unit_s=[seconds for turn in turns for seconds in turn.unit_s],
-        cpu_s=sum(cpu_s) if len(cpu_s) == len(turns) else None,
-    )
 
 
 def _batch_s(slices: Sequence[Slice]) -> float:

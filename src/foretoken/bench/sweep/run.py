@@ -14,8 +14,9 @@ import torch
 
 from foretoken.bench.foretoken_host import ForetokenHost, ForetokenSpec
 from foretoken.bench.resume import begun_record, new_record, save_record
-from foretoken.bench.runner import System, foretoken_specs
+from foretoken.bench.runner import foretoken_specs
 from foretoken.bench.sweep.cell import as_entry, measure
+from foretoken.bench.sweep.schedule import PausingSystem
 from foretoken.bench.sweep.settings import AUTO, PLAIN, PLAIN_AGAIN, SweepSettings
 from foretoken.bench.sweep.work import PROMPT_TOKENS, SweepWork
 from foretoken.bench.systems import HostInfo
@@ -25,26 +26,27 @@ from foretoken.models.tokenizer import Tokenizer
 from foretoken.planner.plan import ADAPTIVE_MAX_NODES
 
 WHAT = "foretoken bench sweep"
-FORMAT = 2
+FORMAT = 3
 POLICY = (
     "All methods run in one process and share one loaded target; each has an engine of its own, "
     "plain decoding one without drafters. They take short turns: in a lap every method continues "
-    "the same prompts by the same number of tokens, in an order that is drawn, and the next lap "
-    "has the reverse order. A slice is some laps; ratios are formed within a slice, and medians "
-    "over all slices of all rounds are what counts. No prompt comes twice. A cell begins with "
-    "rounds that do not count, the same ones for all methods: one of the least number of prompts, "
-    "whose time says how many prompts a round needs to take plain decoding the least seconds, and "
-    "if they are more, one of as many. A cell has more rounds while an interval is wider than "
-    "asked for. Intervals: bootstrap of the median over slices, 95 %, percentile method. "
-    "plain_again is a second engine that decodes plainly: what it differs by from the first one, "
-    "the method cannot resolve, and an outcome is clear only if the interval, widened by that, "
-    "does not hold the bound. Seconds are those of the wall; cpu gives the same ratios by the "
-    "processor's time of all threads of the process. story: the target continues beginnings of "
-    "stories as it likes. edit: the prompt is a story, and the target is made to say it again "
-    "with a word in twelve exchanged. random: prompt and output are made of random tokens. Making "
-    "the target say something raises one logit after a real pass, in time that is not counted. "
-    "The best fixed method of a cell is the one that turned out best, so `auto` is held against "
-    "the luckiest, too."
+    "the same prompts by the same number of tokens, in an order that is drawn, and the next order"
+    " is its reverse. A batch that takes long is divided: all methods make one part of its "
+    "tokens, then all the next. A slice is some laps; ratios are formed within a slice, and "
+    "medians over all slices of all rounds are what counts. No prompt comes twice. A cell begins "
+    "with rounds that do not count, the same ones for all methods: one of the least number of "
+    "prompts, whose time says how many prompts a round needs to take plain decoding the least "
+    "seconds, and if they are more, one of as many. A cell has more rounds while an interval is "
+    "wider than asked for. Intervals: bootstrap of the median over slices, 95 %, percentile "
+    "method. plain_again is a second engine that decodes plainly: what it differs by from the "
+    "first one, the method cannot resolve, and an outcome is clear only if the interval, widened "
+    "by that, does not hold the bound. Seconds are those of the wall; cpu gives the same ratios "
+    "by the processor's time of all threads of the process. story: the target continues "
+    "beginnings of stories as it likes. edit: the prompt is a story, and the target is made to "
+    "say it again with a word in twelve exchanged. random: prompt and output are made of random "
+    "tokens. Making the target say something raises one logit after a real pass, in time that is "
+    "not counted. The best fixed method of a cell is the one that turned out best, so `auto` is "
+    "held against the luckiest, too."
 )
 
 
@@ -134,7 +136,7 @@ def _facts(info: HostInfo) -> dict[str, Any]:
     }
 
 
-def _load(stack: ExitStack, settings: SweepSettings, report: OnProgress) -> list[System]:
+def _load(stack: ExitStack, settings: SweepSettings, report: OnProgress) -> list[PausingSystem]:
     """Return plain decoding twice, each drafter alone, and the engine's own choice among all."""
     report(Progress(done=0, total=1, detail="loading the target"))
     target = load_model(settings.model, dtype=settings.dtype, device=settings.device)
@@ -144,7 +146,7 @@ def _load(stack: ExitStack, settings: SweepSettings, report: OnProgress) -> list
         host = ForetokenHost(spec, target)
         stack.callback(host.close)
         plain = name if spec.drafters == ("none",) else PLAIN
-        systems.append(System(name, plain, host, is_peer=False))
+        systems.append(PausingSystem(name, plain, host, is_peer=False))
     return systems
 
 
