@@ -16,6 +16,7 @@ from foretoken.planner.cost import CostCurve, CostModel
 RIGHT = 1  # other tokens are wrong
 PLANNING_S = 50e-6  # what the planner's clock advances between being read twice
 
+COLD_STEPS = 3  # of a drafter that had a rest
 RETRACING_S = 20e-6  # likewise, if it is to retrace a text
 
 
@@ -62,6 +63,7 @@ class SimulatedDrafter:
         claimed: The log-probability that it claims for each guess.
         max_depth: Of its chains.
         is_retracer: Whether it can tell what it would have given along a text.
+        cold: How many times as long its requests take in its first steps after it had a rest.
     """
 
     acceptance: object
@@ -70,7 +72,9 @@ class SimulatedDrafter:
     claimed: float = -0.5
     max_depth: int = 8
     is_retracer: bool = False
+    cold: float = 1.0
     num_proposed: int = 0
+    num_in_a_row: int = 0  # steps in which it drafted
 
     def chance(self, request_id):
         return self.acceptance(request_id) if callable(self.acceptance) else self.acceptance
@@ -229,9 +233,13 @@ class Machine:
                 for place, (share, order) in enumerate(zip(shares, orders, strict=True))
                 if label in order
             ]
+            drafter.num_in_a_row = drafter.num_in_a_row + 1 if own else 0
             if own:
                 levels = max(max(draft.tree.depths) for _, draft in own)
-                ms = self._noisy(drafter.request_ms * len(own) + drafter.level_ms * levels)
+                request_ms = drafter.request_ms
+                if drafter.num_in_a_row <= COLD_STEPS:
+                    request_ms *= drafter.cold
+                ms = self._noisy(request_ms * len(own) + drafter.level_ms * levels)
                 times.draft_s[label] = ms / 1000
                 self.ms_of[label] += ms
             for place, draft in own:

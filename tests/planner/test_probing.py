@@ -114,3 +114,18 @@ def test_what_no_request_may_have_is_not_tried():
         simulated._step(planner, shares(2, ("model",)))
         tried.add(planner._choice[0])
     assert tried == {(), ("model",)}
+
+
+def test_a_trial_beside_plain_decoding_is_for_a_few_requests_in_turn():
+    """For all of them a draft model read all that it had missed: the dearest part of a trial."""
+    simulated = machine(SMALL, good=0.3)
+    planner = simulated.planner()
+    simulated.run(planner, num_requests=16, num_steps=300)
+    batch, tried = shares(16), []
+    for _ in range(3000):
+        simulated._step(planner, batch)
+        if planner._is_trial and planner._step is not None:
+            tried.append([key for key, (_, size) in planner._choices.items() if size])
+    assert len(tried) > 4
+    assert {len(some) for some in tried} <= {1, 2, 3, 4}  # a plan may have fewer nodes
+    assert len({request_id for some in tried for request_id in some}) > 8

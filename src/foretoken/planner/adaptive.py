@@ -86,13 +86,14 @@ class AdaptivePlanner(Planner):
         self._max_nodes = max_nodes
         self._labels = tuple(labels)
         arms, untold = list_arms(labels), [label for label in labels if label not in retraces]
+        told = [label for label in labels if label in retraces]
         self._arms: list[Arm] = [*arms, PLAIN[0]]
         self._formula = Formula(arms, labels)
         self._learning = Learning(cost, arms, labels, always, max_nodes, first_guess, clock)
         self._experience = self._learning.experience
         self._drafting, self._holding = self._learning.drafting, self._learning.holding
         self._pace, self._probes = self._learning.pace, self._learning.probes
-        self._trials, self._cruise = Trials(arms, untold), Cruise(self._pace, self._always)
+        self._trials, self._cruise = Trials(arms, untold, told), Cruise(self._pace, self._always)
         self._rest = Rest(self._pace, self._probes)
         self._retracing = Retracing(retraces, max_nodes, self._experience, self._probes, clock)
         # The plan that holds: a way to draft and its size, and what it is for each request.
@@ -303,6 +304,8 @@ class AdaptivePlanner(Planner):
             self._is_trial = tried != present
             if self._is_trial:
                 self._choose_way(decoding, tried, outlook)
+                if present == outlook.plain:
+                    self._choices = self._trials.for_few(self._choices)
 
     # -- after drafting ----------------------------------------------------------------------
 

@@ -230,7 +230,7 @@ class Experience:
         return self._gains.learn_text(_request(text), arm, counts)
 
     def learn_difference(
-        self, text: Text, label: str, other: str, difference: NDArray[np.float64]
+        self, text: Text, label: str, other: str, parts: NDArray[np.float64]
     ) -> None:
         """Have a drafter be worth what another one is worth, but for a difference.
 
@@ -238,10 +238,10 @@ class Experience:
             text: Of a request.
             label: The drafter.
             other: The one that it is compared with, of which a text has been learned.
-            difference: Of each node, [N].
+            parts: Of each node, as for `Gains.learn_difference`, [N].
         """
         arm, than = self._arms.index((label,)), self._arms.index((other,))
-        self._gains.learn_difference(_request(text), arm, than, difference)
+        self._gains.learn_difference(_request(text), arm, than, parts)
 
     def _learn_boasts(
         self, sources: Sequence[Sequence[str]], draft: Draft, probs: Sequence[float]

@@ -181,7 +181,7 @@ class Gains:
         return learn_text(self._known, place, counts, float(self._all_counts[kind, arm]))
 
     def learn_difference(
-        self, request: tuple[str, int], arm: int, other: int, difference: NDArray[np.float64]
+        self, request: tuple[str, int], arm: int, other: int, parts: NDArray[np.float64]
     ) -> None:
         """Have a way be worth what another one is worth, but for a difference, to everybody.
 
@@ -189,15 +189,14 @@ class Gains:
             request: Whose text has told so: its id and temperature class.
             arm: Index of the way.
             other: Of the one that it is compared with.
-            difference: Of each node, [N].
+            parts: Of each node, the part of what the other one misses that it gives; if negative,
+                the part of what that one gives that it misses, [N].
         """
         self._note_retraced(arm)
-        self._of_all[:, arm] = np.clip(self._of_all[:, other] + difference, 0.0, 1.0)
+        self._of_all[:, arm] = _differing(self._of_all[:, other], parts)
         row, _ = self._row(*request)
         if self._is_own[row, arm] and self._is_own[row, other]:
-            self._of_request[row, arm] = np.clip(
-                self._of_request[row, other] + difference, 0.0, 1.0
-            )
+            self._of_request[row, arm] = _differing(self._of_request[row, other], parts)
 
     @property
     def _known(self) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
@@ -261,6 +260,11 @@ def _prior_gains(arm: Arm, max_nodes: int, first_guess: Mapping[str, float]) -> 
 
 def _longer(array: NDArray[Any], num_more: int) -> NDArray[Any]:
     return np.concatenate((array, np.zeros((num_more, *array.shape[1:]), array.dtype)))
+
+
+def _differing(worth: NDArray[np.float64], parts: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return what nodes are worth that differ by some parts from others, see `learn_difference`."""
+    return worth + parts * np.where(parts > 0.0, 1.0 - worth, worth)
 
 
 __all__ = ["Arm", "Gains", "list_arms", "temperature_class"]

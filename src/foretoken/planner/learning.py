@@ -103,7 +103,8 @@ class Learning:
         if step.trial_loss is not None:
             # Its first step may have to read what others have written; the others are as usual.
             step_s = min(seen.times.total_s, _MOST_OF_USUAL * self.pace.step_s)
-            self.pace.hold(trial_steps(step_s, step.trial_loss, len(step.probs)))
+            num_drafted = sum(len(probs) > 1 for probs in step.probs)
+            self.pace.hold(trial_steps(step_s, step.trial_loss, num_drafted))
         if self.probes.is_wasted:
             self.pace.hurry()
 

@@ -8,14 +8,14 @@ from dataclasses import replace
 from foretoken.core.draft import DraftBudget
 from foretoken.planner.base import Share
 
-PROBING_SHARE = 0.007  # of it, at most, for drafters that are tried and not expected to pay
+PROBING_SHARE = 0.0085  # of it, at most, for drafters that are tried and not expected to pay
 _FIRST_CREDIT = 4.0  # steps whose time may be spent on probing at once
 _MOST_CREDIT = 16.0  # likewise, where nothing was tried for long: hours would buy a slow minute
 _MOST_DEBT = 16.0  # steps whose time may be owed: code that a late trial loads comes but once
 _RATE = 0.1  # weight of the newest step in what one takes
 _MOST_PATIENCE = 16.0  # planned steps between two trials of a drafter that was found wanting
 _SIZES = (4, 1, 2)  # nodes of drafts that are only tried, in turn, to tell levels' cost
-_MOST_REQUESTS = 4  # that have them
+_MOST_REQUESTS = 4  # that a trial is for
 
 
 class Probes:
@@ -72,8 +72,7 @@ class Probes:
         self.label = self.pick(in_use, {it for share in decoding for it in share.drafters})
         if self.label is not None:
             able = [share.request_id for share in decoding if self.label in share.drafters]
-            first = _MOST_REQUESTS * self._num_probes % len(able)
-            self._request_ids = frozenset((able[first:] + able[:first])[:_MOST_REQUESTS])
+            self._request_ids = frozenset(in_turn(able, self._num_probes))
             self._num_probes += 1
 
     def order(self, share: Share, budget: DraftBudget) -> dict[str, DraftBudget]:
@@ -131,4 +130,10 @@ class Probes:
         self._credit_s = max(-_MOST_DEBT * self._step_s, (self._credit_s or 0.0) - seconds)
 
 
-__all__ = ["PROBING_SHARE", "Probes"]
+def in_turn(request_ids: Sequence[str], number: int) -> Sequence[str]:
+    """Return those of some requests that the trial of a number is for: a few tell enough."""
+    first = _MOST_REQUESTS * number % len(request_ids)
+    return [*request_ids[first:], *request_ids[:first]][:_MOST_REQUESTS]
+
+
+__all__ = ["PROBING_SHARE", "Probes", "in_turn"]

@@ -23,16 +23,22 @@ _TOLD = 16  # texts in a row in which nothing is copied; one more tells nothing 
 _SKIPPED = 3  # ... and so many are not asked between two that are
 _NEW_TOKENS = 64  # of a request that goes on, after which it is worth asking again
 _SHARE_OF_FIRST = 0.5  # of what may be spent, for the cheapest drafter at once
-_RATE_OF_DIFFERENCE = 0.01  # weight of the newest draft in how two drafters differ
+_RATE_OF_DIFFERENCE = 0.02  # weight of the newest draft in how two drafters differ
+_LEAST_WHOLE = 1e-3  # of which there is a part
 _PRIOR_DRAFTS = 4.0  # drafts in which they do not, before anything is known
 _EXAMPLE = tuple(range(64))
 
 
 class _Difference:
-    """How much more the nodes of a drafter are worth than those of another, on the same texts."""
+    """How the nodes of a drafter compare with those of another, on the same texts.
+
+    A drafter that also copies from elsewhere gives more on texts that do not repeat themselves,
+    and the same on those that do: there is nothing left to be given. So it is a part of what the
+    other one misses that it copies more, or of what the other one copies that it copies less.
+    """
 
     def __init__(self, max_nodes: int) -> None:
-        self.mean = np.zeros(max_nodes)
+        self._own, self._other = np.zeros(max_nodes), np.zeros(max_nodes)  # taken, of each node
         self._num_drafts = _PRIOR_DRAFTS
 
     def learn(self, counts: NDArray[np.int64], others: NDArray[np.int64]) -> None:
@@ -41,7 +47,19 @@ class _Difference:
         self._num_drafts += num_drafts
         usual = 1.0 - (1.0 - _RATE_OF_DIFFERENCE) ** num_drafts
         rate = max(usual, num_drafts / self._num_drafts)
-        self.mean += rate * (counts[1:] / num_drafts - others[1:] / others[0] - self.mean)
+        self._own += rate * (counts[1:] / num_drafts - self._own)
+        self._other += rate * (others[1:] / others[0] - self._other)
+
+    @property
+    def parts(self) -> NDArray[np.float64]:
+        """Of what the other one misses, the part that it copies, of each node, [N].
+
+        If negative, of what that one copies, the part that it misses.
+        """
+        more = self._own - self._other
+        whole = np.where(more > 0.0, 1.0 - self._other, self._other)
+        parts: NDArray[np.float64] = more / np.maximum(whole, _LEAST_WHOLE)
+        return parts
 
 
 class Retracing:
@@ -142,7 +160,7 @@ class Retracing:
         is_told = bool(self._turns) and self._learn_next(text, own)
         if is_told or abs(news) > _LEAST_NEWS:
             for label, difference in self._differences.items():
-                self._experience.learn_difference(text, label, base, difference.mean)
+                self._experience.learn_difference(text, label, base, difference.parts)
         return news
 
     def _learn_next(self, text: Text, most: int) -> bool:

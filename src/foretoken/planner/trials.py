@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
+from foretoken.planner.choices import PLAIN, Choice
 from foretoken.planner.gains import Arm
 from foretoken.planner.pacing import FIRST_PLANS
+from foretoken.planner.probing import in_turn
 
 LEAST_LOSS = 0.01  # of its time that a trial is taken to waste however good it is
 _LARGEST_LOSS = 0.4  # of it that one may be expected to waste
+_LARGEST_LOSS_OF_TOLD = 0.1  # likewise, of a drafter of which only the time is to be learned
 # Plans, of which one is replaced by another way if that is nearly as good: where nobody drafts,
 # and where somebody does.
 _EVERY, _EVERY_BESIDE_DRAFTS = 3, 6
@@ -28,24 +31,36 @@ class Trials:
 
     Every drafter has its turn, and plain decoding beside drafts, the cheap ones more often. What
     would lose too much alone is tried beside others: where two copy the same, a union costs hardly
-    more than its dearer part, and what each would have given alone is counted.
+    more than its dearer part, and what each would have given alone is counted. Of some drafters
+    texts tell what they would have given; what they take tells nothing but their use, since single
+    drafts find the processor's caches full of others. So those that are nearly as good are tried,
+    too.
 
     Args:
         arms: Ways to draft.
-        labels: Of all drafters.
+        labels: Of drafters that only trials tell of.
+        told: Of those that texts tell of.
 
     Attributes:
         loss: The part of its time that the last trial was expected to waste.
     """
 
-    def __init__(self, arms: Sequence[Arm], labels: Sequence[str]) -> None:
+    def __init__(
+        self, arms: Sequence[Arm], labels: Sequence[str], told: Sequence[str] = ()
+    ) -> None:
         self.loss = 0.0
         self._plain = len(arms)  # plain decoding, as one more way
-        self._alone = [*(arms.index((label,)) for label in labels), self._plain]
+        self._alone = [
+            *(arms.index((label,)) for label in labels),
+            self._plain,
+            *(arms.index((label,)) for label in told),
+        ]
         self._unions = [
             [way for way, arm in enumerate(arms) if label in arm and len(arm) > 1]
             for label in labels
-        ] + [[]]
+        ] + [[] for _ in self._alone[len(labels) :]]
+        num_told = len(told)
+        self._most = [_LARGEST_LOSS] * (1 + len(labels)) + [_LARGEST_LOSS_OF_TOLD] * num_told
         self._num_idle = [0] * len(self._alone)  # plans since their last trials
         self._num_plans = self._num_since = self._num_trials = 0
         self._is_new_text = True
@@ -96,7 +111,7 @@ class Trials:
                 continue
             others = [alone, *(union for union in self._unions[turn] if union != present)]
             way = alone if losses[alone] <= _LARGEST_LOSS else min(others, key=losses.__getitem__)
-            if losses[way] <= _LARGEST_LOSS:
+            if losses[way] <= self._most[turn]:
                 found.append((self._num_idle[turn] ** 2 / prices[way], turn, way))
         if not found:
             return present
@@ -105,6 +120,18 @@ class Trials:
         # How fast plain decoding is takes few steps to tell: they are all alike.
         self.loss = 1.0 if way == self._plain else float(losses[way])
         return way
+
+    def for_few(self, choices: Mapping[str, Choice]) -> dict[str, Choice]:
+        """Return a trial beside plain decoding for a few requests, others in turn, by request.
+
+        Who is to draft first reads what it has missed, for each of them, and few tell as much.
+
+        Args:
+            choices: As if it were for all of them.
+        """
+        drafting = [key for key, (_, size) in choices.items() if size]
+        few = in_turn(drafting, self._num_trials)
+        return {key: choice if key in few else PLAIN for key, choice in choices.items()}
 
 
 def trial_steps(step_s: float, loss: float, num_requests: int) -> int:
