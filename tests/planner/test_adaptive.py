@@ -393,3 +393,13 @@ def test_a_plan_that_was_interrupted_is_made_again():
     planner.order(shares[:1])
     planner.order(shares)
     assert planner._num_plans > before
+
+
+def test_what_may_be_saved_up_goes_by_single_steps_however_many_are_told_of_at_once():
+    """Six steps that were counted together were taken for one of six times the time."""
+    simulated = machine(SMALL, good=0.85)
+    planner = simulated.planner()
+    simulated.run(planner, num_steps=1000)
+    simulated.run(planner, num_steps=200)
+    step_s = simulated.ms / 200 / 1000
+    assert planner._probes._step_s == pytest.approx(step_s, rel=0.5)

@@ -137,6 +137,7 @@ def test_it_tells_after_some_steps_and_those_of_a_few_times_are_kept(cruise):
             assert passed.num_tokens == [1 + number for number in numbers]
             assert passed.seconds == [0.5] * 6
             assert (passed.num_plain_tokens, passed.plain_s) == (0, 0.0)
+            assert passed.num_steps == 6
 
 
 def test_all_of_a_trial_is_looked_at_but_for_its_first_steps(pace):
@@ -163,6 +164,7 @@ def test_steps_in_which_nobody_drafted_are_added_up_apart(cruise):
     assert passed.taken == [[], []]
     assert passed.num_tokens == passed.seconds == []
     assert (passed.num_plain_tokens, passed.plain_s) == (6, 1.5)
+    assert passed.num_steps == 3
 
 
 def test_steps_that_are_counted_are_worth_what_those_are_that_are_kept():

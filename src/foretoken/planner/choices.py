@@ -105,7 +105,8 @@ class Passed:
         taken: For each of them, how many tokens of its draft were taken in each step.
         num_tokens: Of each step in which somebody drafted, those of all requests.
         seconds: Of each of these steps.
-        num_plain_tokens: Of the other steps together.
+        num_plain: Of the other steps.
+        num_plain_tokens: Of these together.
         plain_s: Likewise.
     """
 
@@ -113,8 +114,14 @@ class Passed:
     taken: list[list[int]]
     num_tokens: list[int] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
+    num_plain: int = 0
     num_plain_tokens: int = 0
     plain_s: float = 0.0
+
+    @property
+    def num_steps(self) -> int:
+        """All of them."""
+        return len(self.seconds) + self.num_plain
 
     def add(self, verdicts: Sequence[Verdict | None], times: StepTimes) -> None:
         """Add a step."""
@@ -129,6 +136,7 @@ class Passed:
             self.num_tokens.append(num_tokens)
             self.seconds.append(times.total_s)
         else:
+            self.num_plain += 1
             self.num_plain_tokens += num_tokens
             self.plain_s += times.total_s
 

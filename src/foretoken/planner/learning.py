@@ -56,7 +56,9 @@ class Learning:
         self.holding = Holding(always)
         self.pace, self.probes = Pace(), Probes(labels)
 
-    def pay(self, num_tokens: int, seconds: float, replaced: float | None) -> None:
+    def pay(
+        self, num_tokens: int, seconds: float, replaced: float | None, num_steps: int = 1
+    ) -> None:
         """Give the time of steps its share for trials; those of a trial cost what they lost.
 
         Args:
@@ -64,8 +66,9 @@ class Learning:
             seconds: That they took, without prompts.
             replaced: Tokens per millisecond of the way that a trial replaces; None if they are
                 those of a plan.
+            num_steps: How many.
         """
-        self.probes.earn(seconds)
+        self.probes.earn(seconds, num_steps)
         if replaced is not None:
             loss_s = seconds - num_tokens / replaced / 1000.0
             self.probes.pay(LEAST_LOSS * seconds + loss_s)
@@ -116,7 +119,7 @@ class Learning:
             replaced: As for `pay`.
         """
         num_tokens = passed.num_plain_tokens + sum(passed.num_tokens)
-        self.pay(num_tokens, passed.plain_s + sum(passed.seconds), replaced)
+        self.pay(num_tokens, passed.plain_s + sum(passed.seconds), replaced, passed.num_steps)
         self.holding.count_passed(passed)
         return bool(passed.num_tokens) and self.holding.is_wanting
 
