@@ -106,8 +106,8 @@ def test_bounds_that_shrink_are_kept_to(cruise):
 
 def told(cruise, num_times):
     """Return what a cruise tells, that many times, of steps that are numbered by their tokens."""
-    found = []
-    for number in range(6 * num_times):
+    found, number, num_steps = [], 0, 0
+    while len(found) < num_times:
         verdict = Verdict(tuple(range(1, 1 + number)), (RIGHT,) * (1 + number), FinalKind.BONUS)
         verdicts, times = [verdict, None], StepTimes({"copy": 0.1}, 0.2, 0.5)
         if cruise.keeps:
@@ -115,19 +115,23 @@ def told(cruise, num_times):
             is_time = cruise.keep(Seen(shares(), ORDERS, drafts, drafts, verdicts, times))
         else:
             is_time = cruise.count(verdicts, times)
-        assert is_time is (number % 6 == 5)
+        number, num_steps = number + 1, num_steps + 1
         if is_time:
-            found.append(cruise.take_notes())
+            found.append((num_steps, *cruise.take_notes()))
+            num_steps = 0
     assert cruise.take_notes() == (None, [], False)
     return found
 
 
 def test_it_tells_after_some_steps_and_those_of_a_few_times_are_kept(cruise):
     found = told(cruise, 30)
-    watched = [place for place, (_, _, is_watched) in enumerate(found) if is_watched]
+    watched = [place for place, (*_, is_watched) in enumerate(found) if is_watched]
     assert watched == list(range(7, 30, 8))
-    for place, (passed, steps, is_watched) in enumerate(found):
-        numbers = list(range(6 * place, 6 * place + 6))
+    first = 0
+    for num_steps, passed, steps, is_watched in found:
+        assert num_steps == (6 if is_watched else 12)
+        numbers = list(range(first, first + num_steps))
+        first += num_steps
         assert (passed is None) is is_watched
         if passed is None:
             assert [len(seen.verdicts[0].path) for seen in steps] == numbers
@@ -135,25 +139,37 @@ def test_it_tells_after_some_steps_and_those_of_a_few_times_are_kept(cruise):
             assert steps == []
             assert passed.taken == [numbers, []]  # the second one's request has failed
             assert passed.num_tokens == [1 + number for number in numbers]
-            assert passed.seconds == [0.5] * 6
+            assert passed.seconds == [0.5] * 12
             assert (passed.num_plain_tokens, passed.plain_s) == (0, 0.0)
-            assert passed.num_steps == 6
+            assert passed.num_steps == 12
 
 
 def test_all_of_a_trial_is_looked_at_but_for_its_first_steps(pace):
     cruise = Cruise(pace)
     for _ in range(2):
         cruise.begin(shares(), ORDERS, SIZES, is_trial=True)
-        assert [is_watched for *_, is_watched in told(cruise, 4)] == [False, True, True, True]
+        found = told(cruise, 4)
+        assert [is_watched for *_, is_watched in found] == [False, True, True, True]
+        assert {num_steps for num_steps, *_ in found} == {6}
 
 
 def test_steps_of_several_drafters_at_once_are_all_kept(pace):
     """What each would have given alone is told by what it has proposed."""
     cruise = Cruise(pace)
     cruise.begin(shares(), [{**ORDERS[0], "model": ORDERS[0]["copy"]}, {}], SIZES)
-    for passed, steps, _ in told(cruise, 9):
+    for num_steps, passed, steps, _ in told(cruise, 9):
         assert passed is None
-        assert len(steps) == 6
+        assert len(steps) == num_steps == 6
+
+
+def test_what_several_have_drafted_together_may_be_larger_than_the_plan_wants(pace):
+    """Nothing that one alone has drafted is: it is given bounds."""
+    cruise, own = Cruise(pace), ORDERS[0]["copy"]
+    draft = Draft.from_drafter("copy", TokenTree.chain([RIGHT] * 4), draft_logprobs=(0.0,) * 4)
+    drafts = [draft, Draft.empty(RIGHT)]
+    for size in (2, 3):
+        cruise.begin(shares(), [{"copy": own, "model": own}, {}], [size, 0])
+        assert cruise.are_within(drafts) is (size == 3)
 
 
 def test_steps_in_which_nobody_drafted_are_added_up_apart(cruise):

@@ -15,7 +15,9 @@ from foretoken.planner.base import Order, Share, StepTimes
 from foretoken.planner.choices import Passed, Seen
 from foretoken.planner.pacing import Pace
 
-_MOST_NOTES = 6  # steps, after which it may be told that the plan is found wanting
+# Steps, after which it may be told that the plan is found wanting: of those that are looked at or
+# kept, and of those of which numbers are counted. To be told takes as long as five steps' notes.
+_MOST_NOTES, _MOST_COUNTED = 6, 12
 # Of so many times that it tells, all steps of one are kept to be looked at more closely, and of the
 # others numbers: what is kept is cold when it is looked at. In a trial all are kept but those of
 # the first time: its first steps find the processor's caches full of others.
@@ -104,7 +106,12 @@ class Cruise:
         return orders
 
     def are_within(self, drafts: Sequence[Draft]) -> bool:
-        """Return whether nothing has to be cut away from the drafts of a step."""
+        """Return whether nothing has to be cut away from the drafts of a step.
+
+        One drafter keeps within its bounds; what several have drafted together may be larger.
+        """
+        if not self._is_union:
+            return True
         for draft, size in zip(drafts, self._sizes, strict=True):
             if draft.tree.num_draft_tokens > size:
                 return False
@@ -130,7 +137,7 @@ class Cruise:
         """Count a step; return whether it is time to tell."""
         self._passed.add(verdicts, times)
         self._num_noted += 1
-        return self._num_noted >= _MOST_NOTES
+        return self._num_noted >= (_MOST_NOTES if self._is_trial else _MOST_COUNTED)
 
     def take_notes(self) -> tuple[Passed | None, list[Seen], bool]:
         """Return what came of the steps that nobody has been told of, and forget it.
