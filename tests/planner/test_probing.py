@@ -1,5 +1,7 @@
 """Drafters that are tried beside those in use: when, for whom, and at what price."""
 
+import pytest
+
 from foretoken.core.draft import DraftBudget
 from foretoken.planner.probing import PROBING_SHARE, Probes
 from tests.planner.simulation import Machine, SimulatedDrafter, SimulatedShare
@@ -41,6 +43,27 @@ def test_what_was_saved_up_for_long_is_not_spent_at_once():
 
     assert spent_s(1) <= PROBING_SHARE * 1.0 + 0.004 + 0.004
     assert spent_s(1_000_000) <= PROBING_SHARE * 1.0 + 0.016 + 0.004
+
+
+def test_where_no_plan_has_changed_for_long_less_is_spent():
+    """A third after 18 000 steps; a change of plan brings back all of it."""
+    probes, spent_s = Probes(["a"]), 0.0
+
+    def share_of(num_steps):
+        nonlocal spent_s
+        spent_s = 0.0
+        for _ in range(num_steps):
+            probes.earn(0.001)
+            if probes.has_credit:
+                probes.pay(0.001)
+                spent_s += 0.001
+        return spent_s / (0.001 * num_steps)
+
+    assert share_of(2000) == pytest.approx(PROBING_SHARE, rel=0.3)
+    assert share_of(16_000) < 0.6 * PROBING_SHARE
+    assert share_of(10_000) == pytest.approx(PROBING_SHARE / 3, rel=0.05)
+    probes.end_calm()
+    assert share_of(2000) == pytest.approx(PROBING_SHARE, rel=0.1)
 
 
 def test_trials_that_change_nothing_become_rarer():

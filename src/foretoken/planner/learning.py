@@ -83,6 +83,8 @@ class Learning:
     def learn_planned(self, step: PlannedStep, seen: Seen, replaced: float | None) -> None:
         """Learn from a step that was planned, and what planning took; `replaced` as for `pay`."""
         start_s, has_prompts = self._clock(), seen.has_prompts
+        if step.is_new:
+            self.probes.end_calm()
         if not has_prompts:
             self.pay(seen.num_tokens, seen.times.total_s, replaced)
         self.experience.learn_all(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
@@ -9,6 +10,10 @@ from foretoken.core.draft import DraftBudget
 from foretoken.planner.base import Share
 
 PROBING_SHARE = 0.0085  # of it, at most, for drafters that are tried and not expected to pay
+# Steps in which no plan has changed, after which it shrinks with the root of their number, down to
+# this part of it. Trials cost what they take, and to know late costs what is missed meanwhile: the
+# best share goes with the root of how often something changes, and that is less than once so far.
+_CALM_STEPS, _LEAST_PART = 2000, 1 / 3
 _FIRST_CREDIT = 4.0  # steps whose time may be spent on probing at once
 _MOST_CREDIT = 16.0  # likewise, where nothing was tried for long: hours would buy a slow minute
 _MOST_DEBT = 16.0  # steps whose time may be owed: code that a late trial loads comes but once
@@ -38,6 +43,7 @@ class Probes:
         self._price_s = dict.fromkeys(labels, 0.0)
         self._credit_s: float | None = None
         self._step_s = 0.0  # what one takes
+        self._num_calm = 0  # steps since a plan has changed
         self._num_probes = 0
         self._request_ids: frozenset[str] = frozenset()
         self.label: str | None = None
@@ -56,8 +62,18 @@ class Probes:
             self._credit_s, self._step_s = _FIRST_CREDIT * step_s, step_s
         self._step_s += _RATE * (step_s - self._step_s)
         self.seconds += seconds
-        earned_s = self._credit_s + PROBING_SHARE * seconds
+        self._num_calm += num_steps
+        earned_s = self._credit_s + self._share * seconds
         self._credit_s = min(max(self._credit_s, _MOST_CREDIT * self._step_s), earned_s)
+
+    @property
+    def _share(self) -> float:
+        part = math.sqrt(_CALM_STEPS / max(_CALM_STEPS, self._num_calm))
+        return PROBING_SHARE * max(_LEAST_PART, part)
+
+    def end_calm(self) -> None:
+        """Note that a plan has changed: other things may, too."""
+        self._num_calm = 0
 
     def choose(self, in_use: Collection[str], decoding: Sequence[Share]) -> None:
         """Choose a drafter that nobody uses, if its time has come; the last one if it was wasted.
