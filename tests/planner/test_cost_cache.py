@@ -28,7 +28,7 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def measurements(monkeypatch):
-    """Replace measuring; each measurement gives another curve, a slower one, and is listed here."""
+    """Replace measuring; each measurement gives another curve, and is listed here."""
     made = []
 
     def measure(model, *, budget_s, on_progress):
@@ -36,7 +36,6 @@ def measurements(monkeypatch):
         return made[-1]
 
     monkeypatch.setattr(cost_cache, "measure_cost", measure)
-    monkeypatch.setattr(cost_cache, "was_disturbed", lambda model, curve: False)
     return made
 
 
@@ -58,33 +57,6 @@ def test_a_curve_is_measured_once(folder, measurements, model):
 def test_a_real_measurement_is_found_again_exactly(folder, model):
     first = load_or_measure(model, budget_s=0.1)
     assert load_or_measure(model, budget_s=0.1) == first
-
-
-def kept_curve(folder):
-    (file,) = folder.iterdir()
-    return CostCurve.from_dict(json.loads(file.read_text(encoding="utf-8"))["curve"])
-
-
-@pytest.mark.parametrize("factor", [0.5, 2.0])
-def test_what_was_measured_in_a_busy_moment_is_measured_again_and_the_faster_one_kept(
-    folder, measurements, model, monkeypatch, factor
-):
-    busy = load_or_measure(model)
-    quiet = replace(busy, base_ms=tuple(factor * ms for ms in busy.base_ms))
-    monkeypatch.setattr(cost_cache, "was_disturbed", lambda model, curve: curve == busy)
-    monkeypatch.setattr(cost_cache, "measure_cost", lambda *args, **options: quiet)
-    best = quiet if factor < 1 else busy  # the second moment may be as busy
-    assert load_or_measure(model) == kept_curve(folder) == best
-
-
-def test_a_real_curve_that_is_far_too_slow_is_found_out(folder, model):
-    true = load_or_measure(model, budget_s=0.1)
-    (file,) = folder.iterdir()
-    slow = replace(true, base_ms=tuple(20.0 * ms for ms in true.base_ms))
-    cost_cache._save(file, identity(model), slow)
-    again = load_or_measure(model, budget_s=0.1)
-    assert again == kept_curve(folder)
-    assert again.pass_ms(1, 0) < 0.5 * slow.pass_ms(1, 0)
 
 
 def test_nothing_in_a_file_names_a_folder(folder, measurements, model):

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from foretoken.models.adapter import ForwardOutput, LanguageModel, ModelInfo
 from foretoken.models.cache import LayerShape
-from foretoken.planner.cost_check import LONGEST_PROBED_MS, faster_of, was_disturbed
 from foretoken.planner.cost_measure import (
     BATCH,
     GRIDS,
@@ -265,40 +264,3 @@ def test_bounding_by_half_the_rows_leaves_true_times_alone():
     rows = (*range(1, 33), 48, 64)
     ms = np.array([blocks_ms(count) for count in rows])
     assert halved(rows, ms).tolist() == ms.tolist()
-
-
-def small_ms(num_rows):
-    return 0.3 * blocks_ms(num_rows)  # of which context is less than half
-
-
-@pytest.mark.parametrize(
-    ("slower", "is_found"), [(0.8, False), (1.0, False), (1.2, False), (1.5, True), (3.0, True)]
-)
-@pytest.mark.parametrize("context_limit", [1, 40, 4096])
-def test_a_curve_of_a_busy_moment_is_told_by_passes_that_are_faster_now(
-    slower, is_found, context_limit
-):
-    busy = measured(Machine(small_ms, lambda: slower), context_limit=context_limit)
-    machine = Machine(small_ms)
-    model = timed_model(machine, context_limit)
-    assert was_disturbed(model, busy, clock=machine.clock) is is_found
-    assert machine.now_s < 0.5  # every engine that is loaded waits for it
-
-
-def test_one_that_only_small_passes_suffered_from_is_told_too():
-    """What keeps the processor's caches full of other things costs small passes most."""
-    busy = measured(Machine(base_ms=lambda rows: max(2.0, 0.3 * rows)))
-    machine = Machine(base_ms=lambda rows: max(1.0, 0.3 * rows))
-    assert was_disturbed(timed_model(machine), busy, clock=machine.clock)
-
-
-def test_models_whose_passes_are_long_are_not_probed():
-    busy = measured(Machine(base_ms=lambda rows: 2 * LONGEST_PROBED_MS))
-    machine = Machine(base_ms=lambda rows: 1.0)
-    assert not was_disturbed(timed_model(machine), busy, clock=machine.clock)
-    assert machine.now_s == 0.0
-
-
-def test_of_two_curves_the_faster_one_is_kept():
-    quiet, busy = measured(Machine()), measured(Machine(disturb=lambda: 1.3))
-    assert faster_of(quiet, busy) == faster_of(busy, quiet) == quiet

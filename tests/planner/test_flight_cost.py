@@ -99,7 +99,6 @@ def test_they_are_kept_apart_from_passes(tmp_path, monkeypatch):
         return TICKS
 
     monkeypatch.setattr(cost_ticks, "measure_ticks", measure)
-    monkeypatch.setattr(cost_ticks, "was_disturbed", lambda *_, **__: False)
     model = load_model(make_looped(tmp_path / "model"))
     assert load_or_measure_ticks(model) == load_or_measure_ticks(model) == TICKS
     assert len(made) == 1

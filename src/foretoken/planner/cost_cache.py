@@ -22,7 +22,6 @@ from foretoken.core.progress import OnProgress, silent
 from foretoken.errors import ConfigError
 from foretoken.models.adapter import LanguageModel
 from foretoken.planner.cost import CostCurve
-from foretoken.planner.cost_check import faster_of, was_disturbed
 from foretoken.planner.cost_measure import BUDGET_S, measure_cost
 
 FORMAT = 1
@@ -45,9 +44,8 @@ def load_or_measure(
     """Return a model's cost curve: the one kept on disk, or one that is measured and kept now.
 
     A file is used if everything that decides what a pass costs is as it was, see `identity`. One
-    that is damaged or of something else is replaced. If passes take clearly less time now than it
-    says, something else kept the machine busy then, and they are measured again. Where nothing can
-    be written, the curve is measured by every process.
+    that is damaged or of something else is replaced. Where nothing can be written, the curve is
+    measured by every process.
 
     Args:
         model: As it will be run.
@@ -57,29 +55,20 @@ def load_or_measure(
     return load_or_make(
         identity(model),
         lambda: measure_cost(model, budget_s=budget_s, on_progress=on_progress),
-        lambda curve: was_disturbed(model, curve),
     )
 
 
-def load_or_make(
-    wanted: dict[str, Any],
-    make: Callable[[], CostCurve],
-    is_too_slow: Callable[[CostCurve], bool],
-) -> CostCurve:
+def load_or_make(wanted: dict[str, Any], make: Callable[[], CostCurve]) -> CostCurve:
     """Return the curve that is kept on disk for something, or make it and keep it.
 
     Args:
         wanted: All that decides what the curve is, as a JSON object; see `identity`.
         make: Measures it.
-        is_too_slow: Tells of one that is kept whether it has to be measured again; of the two the
-            faster one is kept, since the new one may have been disturbed likewise.
     """
     path = cache_folder() / "cost" / f"{_digest(wanted)}.json"
-    kept = _load(path, wanted)
-    if kept is not None and not is_too_slow(kept):
-        return kept
-    curve = make() if kept is None else faster_of(make(), kept)
-    if curve is not kept:
+    curve = _load(path, wanted)
+    if curve is None:
+        curve = make()
         _save(path, wanted, curve)
     return curve
 

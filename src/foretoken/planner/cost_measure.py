@@ -362,7 +362,6 @@ def _quartile(ms: NDArray[np.float64]) -> NDArray[np.float64]:
 
 __all__ = [
     "BUDGET_S",
-    "PROBES",
     "Bench",
     "Case",
     "Contexts",

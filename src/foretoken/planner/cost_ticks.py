@@ -13,7 +13,6 @@ from foretoken.models.cache import CachedSequence
 from foretoken.models.in_flight import InFlight, InFlightBatch
 from foretoken.planner.cost import CostCurve
 from foretoken.planner.cost_cache import identity, load_or_make
-from foretoken.planner.cost_check import was_disturbed
 from foretoken.planner.cost_measure import BUDGET_S, Bench, measure_cost
 
 
@@ -36,7 +35,6 @@ def load_or_measure_ticks(
     return load_or_make(
         {**identity(model), "timed": "ticks"},
         lambda: measure_ticks(model, budget_s=budget_s, on_progress=on_progress),
-        lambda curve: was_disturbed(model, curve, bench_class=_TickBench),
     )
 
 
