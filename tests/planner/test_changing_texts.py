@@ -73,6 +73,29 @@ def test_drafts_that_become_good_are_found(name, num_requests, least, num_seeds)
     assert over_best > least
 
 
+def test_the_luck_of_some_texts_does_not_decide_where_ways_are_nearly_as_good():
+    """Texts of one kind, some easier than others: 1.08 of plain decoding with four draft tokens.
+
+    What was counted along the last hundred steps said more of all texts than everything before,
+    and drafts were left and taken up again by luck: 0.999 of that, where drafting or not text by
+    text gives more; now 1.013 (6 seeds).
+    """
+
+    def ratio(seed):
+        ease = np.random.default_rng(seed).normal(0.5, 0.06, 200)
+        texts = [{"model": float(it), "copy": 0.05} for it in ease]
+
+        def rate(planner):
+            rates = machine(SMALL, seed=seed).run_texts(planner, texts, num_tokens=64)
+            return harmonic_mean(rates[50:])
+
+        simulated = machine(SMALL, seed=seed)
+        found = simulated.run_texts(simulated.planner(), texts, num_tokens=64)
+        return harmonic_mean(found[50:]) / max(rate(FixedSize(["model"], it)) for it in (2, 4))
+
+    assert mean(map(ratio, range(6))) > 1.006
+
+
 def test_long_calm_costs_less_and_drafts_that_become_good_are_found_all_the_same():
     """Three hundred texts of one kind, and another one then.
 
@@ -377,6 +400,19 @@ def test_every_drafter_has_its_turn_beside_plain_decoding_and_the_best_way_every
     picked = picks(trials_of(), [0.9, 0.9, 0.9, 0.9, 0.9, 0.95, 0.9, 1.0], NOBODY, 12)
     assert picked[1::2] == [BC] * 6
     assert sorted(picked[::2]) == [A, A, B, B, C, C]
+
+
+def test_plain_decoding_is_timed_soon_where_drafts_are_used_from_the_start():
+    """Others that were nearly as good had their turns first, some for thousands of steps."""
+    trials, picked = trials_of(), []
+    for _ in range(24):
+        if trials.is_due(is_plain=False):
+            rates = [1.0, 0.99, 0.99, *[0.98] * 4, 0.3]  # far too slow, as far as is known
+            picked.append(trials.pick(np.array(rates), np.ones(8), A))
+    assert picked.count(NOBODY) == 1
+    begun_plain = trials_of()
+    begun_plain.is_due(is_plain=True)
+    assert NOBODY not in picks(begun_plain, rates, A, 24)
 
 
 def test_what_is_used_is_not_tried_and_plain_decoding_is():

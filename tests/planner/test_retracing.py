@@ -10,8 +10,8 @@ import pytest
 from foretoken.errors import DrafterError
 from foretoken.planner.experience import Experience
 from foretoken.planner.gains import Gains
-from foretoken.planner.probing import Probes
-from foretoken.planner.retracing import RETRACING_SHARE, Retracing
+from foretoken.planner.probing import PROBING_SHARE, Probes
+from foretoken.planner.retracing import RETRACING_PART, Retracing
 from tests.planner.simulation import (
     FixedSize,
     Machine,
@@ -78,6 +78,19 @@ def text(num_tokens, name="r", temperature=0.0, num_prompt_ids=0):
     )
 
 
+def test_where_no_plan_has_changed_for_long_less_is_asked():
+    """What texts took was a share of its own, in a long calm all that trials might have."""
+    situation = Situation(quick_s=0.2e-6, slow_s=5e-6)
+    situation.probes.earn(100.0, 10_000)
+    situation.retracing.learn(text(64, "first"))  # has what was saved up
+    start_s = situation.clock.now_s
+    for number in range(3000):
+        situation.pass_s(0.02)
+        situation.retracing.learn(text(64, f"r{number}"))
+    spent_s, most_s = situation.clock.now_s - start_s, RETRACING_PART * PROBING_SHARE * 3000 * 0.02
+    assert spent_s < 0.5 * most_s + 0.02
+
+
 def test_one_text_tells_what_drafts_that_nobody_made_are_worth():
     situation = Situation()
     situation.pass_s(10.0)
@@ -97,8 +110,8 @@ def test_it_takes_no_more_than_its_share_and_the_cheapest_goes_first():
     for number in range(500):
         situation.pass_s(0.02)
         situation.retracing.learn(text(64, f"r{number}"))
-    spent_s = situation.clock.now_s - start_s
-    assert 0.5 * RETRACING_SHARE < spent_s / (500 * 0.02) <= RETRACING_SHARE * 1.01
+    spent_s, most_s = situation.clock.now_s - start_s, RETRACING_PART * PROBING_SHARE * 500 * 0.02
+    assert 0.5 * most_s < spent_s <= 1.01 * most_s
     # Each time it is asked alone, and again where the other one is.
     assert len(situation.quick.num_asked) == 500 + len(situation.slow.num_asked)
     assert 100 < len(situation.slow.num_asked) < 400

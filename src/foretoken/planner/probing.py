@@ -13,7 +13,7 @@ PROBING_SHARE = 0.0085  # of it, at most, for drafters that are tried and not ex
 # Steps in which no plan has changed, after which it shrinks with the root of their number, down to
 # this part of it. Trials cost what they take, and to know late costs what is missed meanwhile: the
 # best share goes with the root of how often something changes, and that is less than once so far.
-_CALM_STEPS, _LEAST_PART = 2000, 1 / 3
+_CALM_STEPS, _LEAST_PART = 1000, 1 / 3
 _FIRST_CREDIT = 4.0  # steps whose time may be spent on probing at once
 _MOST_CREDIT = 16.0  # likewise, where nothing was tried for long: hours would buy a slow minute
 _MOST_DEBT = 16.0  # steps whose time may be owed: code that a late trial loads comes but once
@@ -33,7 +33,7 @@ class Probes:
 
     Attributes:
         label: Who is tried in a planned step; None if nobody is.
-        seconds: Of all steps.
+        earned_s: The share for trials of all time, spent or not.
         is_wasted: Whether it had to read what it had missed first, so that its time says little.
     """
 
@@ -48,7 +48,7 @@ class Probes:
         self._request_ids: frozenset[str] = frozenset()
         self.label: str | None = None
         self.is_wasted = False
-        self.seconds = 0.0
+        self.earned_s = 0.0
 
     def earn(self, seconds: float, num_steps: int = 1) -> None:
         """Add the share of the time of steps that may be spent.
@@ -61,10 +61,11 @@ class Probes:
         if self._credit_s is None:
             self._credit_s, self._step_s = _FIRST_CREDIT * step_s, step_s
         self._step_s += _RATE * (step_s - self._step_s)
-        self.seconds += seconds
         self._num_calm += num_steps
-        earned_s = self._credit_s + self._share * seconds
-        self._credit_s = min(max(self._credit_s, _MOST_CREDIT * self._step_s), earned_s)
+        own_s = self._share * seconds
+        self.earned_s += own_s
+        most_s = max(self._credit_s, _MOST_CREDIT * self._step_s)
+        self._credit_s = min(most_s, self._credit_s + own_s)
 
     @property
     def _share(self) -> float:

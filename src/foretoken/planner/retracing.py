@@ -12,7 +12,7 @@ from foretoken.planner.base import Retrace, Share, Text
 from foretoken.planner.experience import Experience
 from foretoken.planner.probing import Probes
 
-RETRACING_SHARE = 0.003  # of the time of all steps, at most
+RETRACING_PART = 0.35  # of what may be spent on trials, at most
 _MOST_CREDIT_S = 0.02
 _LEAST_S = 1e-6  # that asking takes
 _MOST_TOKENS = 256  # of a text, the newest, are enough to tell ...
@@ -143,9 +143,9 @@ class Retracing:
 
     def _has_credit(self) -> bool:
         """Return whether there is time to ask anybody."""
-        seconds = self._probes.seconds
-        self._credit_s += RETRACING_SHARE * (seconds - self._last_s)
-        self._credit_s, self._last_s = min(_MOST_CREDIT_S, self._credit_s), seconds
+        earned_s = self._probes.earned_s
+        self._credit_s += RETRACING_PART * (earned_s - self._last_s)
+        self._credit_s, self._last_s = min(_MOST_CREDIT_S, self._credit_s), earned_s
         return self._credit_s > 0
 
     def _learn(self, text: Text, most: int) -> float:
@@ -203,4 +203,4 @@ class Retracing:
         self._num_seen.pop(request_id, None)
 
 
-__all__ = ["RETRACING_SHARE", "Retracing"]
+__all__ = ["RETRACING_PART", "Retracing"]

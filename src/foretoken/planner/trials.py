@@ -18,6 +18,9 @@ _LARGEST_LOSS_OF_TOLD = 0.1  # likewise, of a drafter of which only the time is 
 # Plans, of which one is replaced by another way if that is nearly as good: where nobody drafts,
 # and where somebody does.
 _EVERY, _EVERY_BESIDE_DRAFTS = 3, 6
+# After which it is tried at once where drafts are used from the start: until it is timed, what it
+# takes is taken from a curve that says nothing of what drafting does to the processor's caches.
+_PLANS_UNTIL_PLAIN = FIRST_PLANS + 4
 # Small models' steps take about ten, or some milliseconds, until caches hold what another way of
 # decoding needs. Those after the first half tell what the way costs.
 _STEPS, _LEAST_STEPS, _SECONDS, _LEAST_S = 12, 3, 0.02, 1e-6
@@ -29,12 +32,12 @@ _USUAL_LOSS, _LONGEST = 0.25, 5.0
 class Trials:
     """Says when to try another way than the one that is used, and which.
 
-    Every drafter has its turn, and plain decoding beside drafts, the cheap ones more often. What
-    would lose too much alone is tried beside others: where two copy the same, a union costs hardly
-    more than its dearer part, and what each would have given alone is counted. Of some drafters
-    texts tell what they would have given; what they take tells nothing but their use, since single
-    drafts find the processor's caches full of others. So those that are nearly as good are tried,
-    too.
+    Every drafter has its turn, and plain decoding beside drafts, the cheap ones more often; where
+    it was never used it is tried soon, however much it is expected to lose. What would lose too
+    much alone is tried beside others: where two copy the same, a union costs hardly more than its
+    dearer part, and what each would have given alone is counted. Of some drafters texts tell what
+    they would have given; what they take tells nothing but their use, since single drafts find the
+    processor's caches full of others. So those that are nearly as good are tried, too.
 
     Args:
         arms: Ways to draft.
@@ -64,6 +67,7 @@ class Trials:
         self._num_idle = [0] * len(self._alone)  # plans since their last trials
         self._num_plans = self._num_since = self._num_trials = 0
         self._is_new_text = True
+        self._is_plain_timed = False
 
     def begin_text(self) -> None:
         """Note that requests have begun, of which what is known need not hold."""
@@ -82,7 +86,12 @@ class Trials:
         usual = _EVERY if is_plain else _EVERY_BESIDE_DRAFTS
         every = 2 if is_first else 1 if is_plain and self._is_new_text else usual
         self._is_new_text = False
-        return self._num_since >= every
+        self._is_plain_timed |= is_plain
+        return self._num_since >= every or self._needs_plain
+
+    @property
+    def _needs_plain(self) -> bool:
+        return not self._is_plain_timed and self._num_plans > _PLANS_UNTIL_PLAIN
 
     def pick(self, rates: NDArray[np.float64], times_ms: NDArray[np.float64], present: int) -> int:
         """Return the way that is tried; the present one if no other may be.
@@ -98,6 +107,9 @@ class Trials:
         """
         self._num_since = 0
         self._num_trials += 1
+        if self._needs_plain:
+            self._is_plain_timed, self.loss = True, 1.0
+            return self._plain
         losses = 1.0 - rates / rates[present]
         if present == self._plain and self._num_trials % 2 == 0:
             best = int(rates[:-1].argmax())
