@@ -318,18 +318,32 @@ def test_a_cold_start_does_not_shorten_the_rounds(sweep_settings):
 
 def test_the_second_plain_engine_says_what_cannot_be_resolved(sweep_settings):
     settings = sweep_settings(rounds=2, max_rounds=2)
-    hosts = {"plain": TimedHost([1.0]), "good": TimedHost([0.5]), "auto": TimedHost([1.04])}
+    hosts = {"plain": TimedHost([1.0]), "good": TimedHost([0.5]), "auto": TimedHost([1.2])}
     entry = measured(settings, **hosts, plain_again=TimedHost([1.25]))
     assert list(entry["systems"]) == ["plain", "good", "auto"]
     assert entry["plain_again"]["median"] == 0.8
     assert resolution({"cells": [entry]}) == (pytest.approx(0.2), pytest.approx(0.2))
     assert not entry["goals"]["plain"]["holds"]
-    assert not entry["goals"]["plain"]["is_clear"]  # 0.96, where doing the same gives 0.8
+    assert not entry["goals"]["plain"]["is_clear"]  # 0.94, where doing the same gives 0.8
     assert entry["goals"]["best_fixed"]["is_clear"]
     alone = measured(settings, **hosts)
     assert "plain_again" not in alone
     assert resolution({"cells": [alone]}) is None
     assert alone["goals"]["plain"]["is_clear"]
+
+
+def test_plain_decoding_takes_what_its_two_engines_take_in_the_mean(sweep_settings):
+    """One of them alone has its own luck, and every ratio would have it."""
+    settings = sweep_settings(rounds=2, max_rounds=2)
+    plain, again = SteadyHost(1.0, cpu_s=1.0), SteadyHost(1.5, cpu_s=2.0)
+    hosts = {"good": SteadyHost(1.0, cpu_s=1.0), "auto": SteadyHost(1.25, cpu_s=1.5)}
+    entry = measured(settings, plain=plain, **hosts, plain_again=again)
+    assert entry["systems"]["good"]["speed_up"]["median"] == 1.25
+    assert entry["best_fixed"] == "good"  # which the first engine alone would not have said
+    goal = entry["goals"]["plain"]
+    assert (goal["median"], goal["cpu"]["median"]) == (1.0, 1.0)
+    assert entry["plain_again"]["seconds"] == [1.5, 1.5]
+    assert entry["systems"]["plain"]["seconds"] == [1.0, 1.0]
 
 
 def test_processor_time_is_told_beside_the_walls(sweep_settings):
@@ -365,6 +379,25 @@ def test_noise_asks_for_more_rounds_up_to_a_limit(sweep_settings):
     wide = sweep_settings(rounds=2, max_rounds=7, width=9.0)
     entry = measured(wide, plain=TimedHost([2.0]), noisy=TimedHost(noisy))
     assert entry["num_rounds"] == 2
+
+
+def test_what_cannot_be_the_best_has_no_turns_in_further_rounds(sweep_settings):
+    settings = sweep_settings(rounds=5, max_rounds=8)
+    noisy = [1.0, 1.2, 0.9, 1.1, 0.95]  # of which no number of rounds is enough
+    hosts = {"near": TimedHost(noisy), "far": TimedHost([4.0]), "auto": TimedHost([1.0])}
+    again = TimedHost([2.0])
+    entry = measured(settings, plain=TimedHost([2.0]), **hosts, plain_again=again)
+    assert entry["num_rounds"] == 8
+    runs = {name: host.num_runs - 1 for name, host in hosts.items()}  # without the warm-up
+    assert runs == {"near": 8, "far": 5, "auto": 8}
+    assert again.num_runs - 1 == 8
+    assert entry["systems"]["far"]["seconds"] == [4.0] * 5
+    assert entry["systems"]["far"]["speed_up"]["median"] == 0.5
+    assert entry["best_fixed"] == "near"
+    # Which may be the first engine that decodes plainly, too.
+    plain = {"plain": TimedHost(noisy), "plain_again": TimedHost(noisy)}
+    entry = measured(settings, **plain, far=TimedHost([4.0]), auto=TimedHost(noisy[::-1]))
+    assert (len(entry["systems"]["far"]["seconds"]), entry["num_rounds"]) == (5, 8)
 
 
 def test_auto_is_held_against_plain_and_the_best(sweep_settings):
@@ -543,7 +576,7 @@ def test_a_record_of_other_settings_is_not_mixed_with(sweep_settings, tmp_path):
 
 def test_a_record_of_an_earlier_format_is_not_mixed_with(sweep_settings, record, tmp_path):
     (tmp_path / "record.json").write_text(json.dumps({**record, "format": 1}))
-    with pytest.raises(ConfigError, match=r"has format 1, which .* this version writes 3"):
+    with pytest.raises(ConfigError, match=r"has format 1, which .* this version writes 4"):
         run_sweep(whole(sweep_settings), ["foretoken"], tmp_path)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -53,21 +53,34 @@ class Rounds:
         """Those of all rounds."""
         return [part for parts in self.rounds for part in parts]
 
-    def seconds(self, name: str) -> list[float]:
-        """Return how long a system took for each slice."""
-        return [sum(part.turns[name].unit_s) for part in self.slices]
-
-    def cpu_seconds(self, name: str) -> list[float]:
-        """Return what a system took of the processor for each slice; empty if nobody counted."""
-        counted = [part.turns[name].cpu_s for part in self.slices]
-        return [seconds for seconds in counted if seconds is not None]
+    def turns(self, name: str) -> list[Turn]:
+        """Return what a system did in the slices in which it took part, one after the other."""
+        return [part.turns[name] for part in self.slices if name in part.turns]
 
     def ratio(self, name: str, base: str) -> dict[str, Any]:
-        """Return how many times as fast as another a system is: the median of slices, and all."""
-        ratio = _ratio(self.seconds(name), self.seconds(base))
-        cpu_seconds = self.cpu_seconds(name)
-        by_cpu = {"cpu": _ratio(cpu_seconds, self.cpu_seconds(base))} if cpu_seconds else {}
-        return {**ratio, "against": base, **by_cpu}
+        """Return how many times as fast as another a method is: the median of slices, and all.
+
+        Plain decoding takes what its engines take in the mean, if there are two: what happens in
+        one turn says less than what happens in both, and everything is held against them.
+        """
+        return self._compare(_engines(name, self.names), _engines(base, self.names), base)
+
+    def plain_again(self) -> dict[str, Any]:
+        """Return how many times as fast as the first engine that decodes plainly the second is."""
+        return self._compare([PLAIN_AGAIN], [PLAIN], PLAIN)
+
+    def _compare(
+        self, engines: Sequence[str], base_engines: Sequence[str], base: str
+    ) -> dict[str, Any]:
+        """Return the ratio of two methods' seconds in the slices in which both took part."""
+        wanted = {*engines, *base_engines}
+        slices = [part.turns for part in self.slices if wanted <= part.turns.keys()]
+        pair = [[_wall_s(turns, own) for turns in slices] for own in (engines, base_engines)]
+        found = {**_ratio(*pair), "against": base}
+        if all(turns[name].cpu_s is not None for turns in slices for name in wanted):
+            by_cpu = [[_cpu_s(turns, own) for turns in slices] for own in (engines, base_engines)]
+            found["cpu"] = _ratio(*by_cpu)
+        return found
 
     @property
     def fixed(self) -> list[str]:
@@ -77,19 +90,28 @@ class Rounds:
     @property
     def best_fixed(self) -> str:
         """The method that does best for all rounds, of those that stay what they are."""
-        return max((PLAIN, *self.fixed), key=self.median_speed_up)
+        return max((PLAIN, *self.fixed), key=self._median)
 
-    def median_speed_up(self, name: str) -> float:
-        """Return the median ratio to plain decoding."""
-        ratios = np.array(self.seconds(PLAIN)) / np.array(self.seconds(name))
-        return float(np.median(ratios))
+    def _median(self, name: str) -> float:
+        return 1.0 if name == PLAIN else float(self.ratio(name, PLAIN)["median"])
+
+    def behind(self) -> set[str]:
+        """Return the fixed methods whose intervals end below where that of the best one begins."""
+        ends = {name: self.ratio(name, PLAIN)["interval_95"] for name in self.fixed}
+        least = max([1.0, *(low for low, _ in ends.values())])
+        return {name for name, (_, high) in ends.items() if high < least}
 
     def comparisons(self) -> list[dict[str, Any]]:
-        """Return the ratios that have to be known: all to plain, and that of `auto` to the best."""
-        pairs = [(name, PLAIN) for name in self.names if name != PLAIN]
+        """Return the ratios that have to be known: of those in the race to plain decoding.
+
+        And that of `auto` to the best fixed method.
+        """
+        racing = self.slices[-1].turns
+        pairs = [(name, PLAIN) for name in racing if name not in (PLAIN, PLAIN_AGAIN)]
         if AUTO in self.names and self.best_fixed != PLAIN:
             pairs.append((AUTO, self.best_fixed))
-        return [self.ratio(*pair) for pair in pairs]
+        second = [self.plain_again()] if PLAIN_AGAIN in self.names else []
+        return [*second, *(self.ratio(*pair) for pair in pairs)]
 
     def is_known(self, width: float) -> bool:
         """Tell whether no interval is wider than so large a part of its median."""
@@ -116,11 +138,11 @@ def measure(
         say: Is told what comes now: where in the sweep, and whose turn it is.
     """
     rounds = Rounds([system.name for system in systems])
-    drawn = orders(systems, settings.seed)
+    drawn, racing = orders(systems, settings.seed), list(systems)
 
     def run(number: int, schedule: Schedule, where: str) -> list[Slice]:
         tasks = work.tasks(key, number, schedule.num_prompts)
-        return _round(systems, drawn, tasks, schedule, partial(say, f"{key}, {where}"))
+        return _round(racing, drawn, tasks, schedule, partial(say, f"{key}, {where}"))
 
     # Rounds that do not count: caches fill, code is compiled, estimates settle. The first tells
     # how long the others have to be, which is the same for all systems and for the whole cell.
@@ -130,8 +152,12 @@ def measure(
     if schedule.num_prompts > least.num_prompts:
         run(settings.max_rounds + 1, schedule, "warm-up")
     for number in range(settings.max_rounds):
-        if number >= settings.rounds and rounds.is_known(settings.width):
-            break
+        if number >= settings.rounds:
+            if rounds.is_known(settings.width):
+                break
+            # What cannot be the best any more needs no more time, the others have more of it.
+            behind = rounds.behind()
+            racing = [system for system in racing if system.name not in behind]
         where = f"round {number + 1} of {settings.rounds} to {settings.max_rounds}"
         rounds.rounds.append(run(number, schedule, where))
     return rounds
@@ -144,14 +170,14 @@ def _round(
     schedule: Schedule,
     say: Callable[[str], None],
 ) -> list[Slice]:
-    """Let every system do all tasks."""
+    """Let every system do all tasks, those that are drawn besides left out."""
     slices = []
     for part in schedule.slices(tasks):
         turns: dict[str, list[Turn]] = {}
         for lap in schedule.laps(part):
             begun = {system.name: system.turns(lap, schedule) for system in systems}
             for _ in range(schedule.turns_per_lap):
-                for system in next(drawn):
+                for system in (it for it in next(drawn) if it.name in begun):
                     say(system.name)
                     turns.setdefault(system.name, []).append(next(begun[system.name]))
         slices.append(Slice(part, {name: joined(own) for name, own in turns.items()}))
@@ -186,7 +212,7 @@ def as_entry(key: CellKey, rounds: Rounds) -> dict[str, Any]:
     }
     has_second = PLAIN_AGAIN in rounds.names
     if has_second:
-        entry["plain_again"] = rounds.ratio(PLAIN_AGAIN, PLAIN)
+        entry["plain_again"] = rounds.plain_again() | _seconds(rounds.turns(PLAIN_AGAIN))
     if AUTO in rounds.names:
         bias = abs(entry["plain_again"]["median"] - 1) if has_second else 0.0
         entry["goals"] = {
@@ -197,18 +223,21 @@ def as_entry(key: CellKey, rounds: Rounds) -> dict[str, Any]:
 
 
 def _system(name: str, rounds: Rounds) -> dict[str, Any]:
-    turns = [part.turns[name] for part in rounds.slices]
-    seconds = rounds.seconds(name)
-    rates = [_num_tokens(turn) / time_s for turn, time_s in zip(turns, seconds, strict=True)]
+    turns = rounds.turns(name)
+    rates = [_num_tokens(turn) / sum(turn.unit_s) for turn in turns]
     entry: dict[str, Any] = {"tokens_per_s": spread(rates)}
     if name != PLAIN:
         entry["speed_up"] = rounds.ratio(name, PLAIN)
         entry["differences"] = _differences(name, rounds)
     entry |= counts([output for turn in turns for output in turn.outputs])
-    entry["seconds"] = [rounded(value) for value in seconds]
-    if cpu_seconds := rounds.cpu_seconds(name):
-        entry["cpu_seconds"] = [rounded(value) for value in cpu_seconds]
-    return entry
+    return entry | _seconds(turns)
+
+
+def _seconds(turns: Sequence[Turn]) -> dict[str, list[float]]:
+    """Return what an engine took for each slice, of the processor too if that was counted."""
+    found = {"seconds": [rounded(sum(turn.unit_s)) for turn in turns]}
+    cpu_seconds = [rounded(turn.cpu_s) for turn in turns if turn.cpu_s is not None]
+    return {**found, "cpu_seconds": cpu_seconds} if cpu_seconds else found
 
 
 def _goal(ratio: dict[str, Any], bound: float, bias: float) -> dict[str, Any]:
@@ -233,7 +262,7 @@ def _differences(name: str, rounds: Rounds) -> list[dict[str, Any]]:
     """Return where a method's tokens are not those of plain decoding; there should be none."""
     differences = []
     for number, slices in enumerate(rounds.rounds):
-        for part in slices:
+        for part in (part for part in slices if name in part.turns):
             ours, theirs = part.turns[name].outputs, part.turns[PLAIN].outputs
             for task, one, other in zip(part.tasks, ours, theirs, strict=True):
                 token = _first_difference(one.token_ids, other.token_ids)
@@ -264,6 +293,19 @@ def _ratio(seconds: Sequence[float], base_seconds: Sequence[float]) -> dict[str,
     # A slice has prompts of its own, so it is slices that are drawn, not prompts in them.
     interval = ratio_interval(ours[:, None], theirs[:, None])
     return {**spread((theirs / ours).tolist()), "interval_95": list(interval)}
+
+
+def _engines(name: str, names: Sequence[str]) -> list[str]:
+    """Return the systems that are a method."""
+    return [name, PLAIN_AGAIN] if name == PLAIN and PLAIN_AGAIN in names else [name]
+
+
+def _wall_s(turns: Mapping[str, Turn], engines: Sequence[str]) -> float:
+    return statistics.fmean(sum(turns[name].unit_s) for name in engines)
+
+
+def _cpu_s(turns: Mapping[str, Turn], engines: Sequence[str]) -> float:
+    return statistics.fmean(turns[name].cpu_s or 0.0 for name in engines)
 
 
 def _width(ratio: dict[str, Any]) -> float:

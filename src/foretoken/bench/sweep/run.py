@@ -26,7 +26,7 @@ from foretoken.models.tokenizer import Tokenizer
 from foretoken.planner.plan import ADAPTIVE_MAX_NODES
 
 WHAT = "foretoken bench sweep"
-FORMAT = 3
+FORMAT = 4
 POLICY = (
     "All methods run in one process and share one loaded target; each has an engine of its own, "
     "plain decoding one without drafters. They take short turns: in a lap every method continues "
@@ -37,16 +37,18 @@ POLICY = (
     "with rounds that do not count, the same ones for all methods: one of the least number of "
     "prompts, whose time says how many prompts a round needs to take plain decoding the least "
     "seconds, and if they are more, one of as many. A cell has more rounds while an interval is "
-    "wider than asked for. Intervals: bootstrap of the median over slices, 95 %, percentile "
-    "method. plain_again is a second engine that decodes plainly: what it differs by from the "
-    "first one, the method cannot resolve, and an outcome is clear only if the interval, widened "
-    "by that, does not hold the bound. Seconds are those of the wall; cpu gives the same ratios "
-    "by the processor's time of all threads of the process. story: the target continues "
-    "beginnings of stories as it likes. edit: the prompt is a story, and the target is made to "
-    "say it again with a word in twelve exchanged. random: prompt and output are made of random "
-    "tokens. Making the target say something raises one logit after a real pass, in time that is "
-    "not counted. The best fixed method of a cell is the one that turned out best, so `auto` is "
-    "held against the luckiest, too."
+    "wider than asked for; in them a fixed method has no turns any more whose interval ends below "
+    "where that of the best one begins, and its ratios are of the slices that it had. Intervals: "
+    "bootstrap of the median over slices, 95 %, percentile method. Two engines decode plainly, and "
+    "what plain decoding takes for a slice is the mean of both. plain_again is the second against "
+    "the first: what they differ by, the method cannot resolve, and an outcome is clear only if "
+    "the interval, widened by that, does not hold the bound. Seconds are those of the wall; cpu "
+    "gives the same ratios by the processor's time of all threads of the process. story: the "
+    "target continues beginnings of stories as it likes. edit: the prompt is a story, and the "
+    "target is made to say it again with a word in twelve exchanged. random: prompt and output are "
+    "made of random tokens. Making the target say something raises one logit after a real pass, in "
+    "time that is not counted. The best fixed method of a cell is the one that turned out best, so "
+    "`auto` is held against the luckiest, too."
 )
 
 
