@@ -278,13 +278,13 @@ def test_everybody_comes_after_everybody_else():
 
 def test_systems_take_short_turns_with_the_same_prompts(sweep_settings):
     calls = []
-    fast, slow = SteadyHost(0.02, calls), SteadyHost(0.04, calls)
-    settings = sweep_settings(rounds=2, max_rounds=2, least_seconds=0.5, batch_sizes=(3,))
+    fast, slow = SteadyHost(0.1, calls), SteadyHost(0.2, calls)
+    settings = sweep_settings(rounds=2, max_rounds=2, least_seconds=1.5, batch_sizes=(3,))
     entry = measured(settings, plain=fast, slow=slow)
     assert entry["systems"]["slow"]["speed_up"]["median"] == 0.5
-    # A turn is two batches, a slice four turns: four slices make the half second full.
+    # A turn is two batches, a slice two turns: four slices make the second and a half full.
     assert (entry["num_rounds"], entry["num_slices"]) == (2, 2 * 4)
-    assert entry["num_prompts_per_round"] == 4 * 4 * 2 * 3
+    assert entry["num_prompts_per_round"] == 4 * 2 * 2 * 3
     assert entry["num_tokens_per_round"] == 6 * entry["num_prompts_per_round"]
     ours = [seeds for host, seeds in calls if host is fast]
     assert ours == [seeds for host, seeds in calls if host is slow]
@@ -296,11 +296,11 @@ def test_systems_take_short_turns_with_the_same_prompts(sweep_settings):
 
 def test_a_long_batch_is_divided_so_that_others_come_in_between(sweep_settings):
     calls = []
-    fast, slow = SteadyHost(0.2, calls), SteadyHost(0.4, calls)
-    settings = sweep_settings(least_seconds=0.5, batch_sizes=(3,), max_new_tokens=64)
+    fast, slow = SteadyHost(0.8, calls), SteadyHost(1.6, calls)
+    settings = sweep_settings(least_seconds=2.0, batch_sizes=(3,), max_new_tokens=64)
     entry = measured(settings, plain=fast, slow=slow)
     assert entry["systems"]["slow"]["speed_up"]["median"] == pytest.approx(0.5)
-    # Three batches make the half second full, each a slice of four turns.
+    # Three batches make the two seconds full, each a slice of four turns.
     assert (entry["num_prompts_per_round"], entry["num_slices"]) == (9, 3)
     assert entry["num_tokens_per_round"] == NUM_TOKENS * 9
     turns = [host is fast for host, _ in calls[2:]]  # after the first, undivided warm-up
